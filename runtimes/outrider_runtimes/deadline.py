@@ -1,0 +1,52 @@
+"""One point in time by which a call has answered or failed; everything under the call shares it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+from outrider_runtimes.errors import ConfigError, DeadlineExceeded
+
+Clock = Callable[[], float]
+
+
+class Deadline:
+    """A point on a monotonic clock, in seconds.
+
+    >>> Deadline.after_ms(50.0).remaining_s() <= 0.05
+    True
+    """
+
+    __slots__ = ("_clock", "at_s")
+
+    def __init__(self, at_s: float, *, clock: Clock = time.monotonic) -> None:
+        self.at_s = at_s
+        self._clock = clock
+
+    @classmethod
+    def after_ms(cls, milliseconds: float | None, *, clock: Clock = time.monotonic) -> Deadline:
+        """So many milliseconds from now; None is never. Raises ConfigError for what is not a positive number."""
+        if milliseconds is None:
+            return cls(math.inf, clock=clock)
+        if not milliseconds > 0:
+            raise ConfigError(f"deadline_ms is {milliseconds}, expected a number above 0 or None")
+        return cls(clock() + milliseconds / 1000.0, clock=clock)
+
+    def remaining_s(self) -> float:
+        """Seconds left, 0.0 when it has passed, ``math.inf`` for never."""
+        return max(0.0, self.at_s - self._clock())
+
+    @property
+    def passed(self) -> bool:
+        """Whether no time is left."""
+        return self._clock() >= self.at_s
+
+    def timeout_s(self) -> float | None:
+        """The time left as sockets and futures take it: None for never. Raises DeadlineExceeded when none is left."""
+        if self.at_s == math.inf:
+            return None
+        remaining = self.remaining_s()
+        if remaining <= 0.0:
+            raise DeadlineExceeded("no time is left")
+        return remaining

@@ -1,0 +1,60 @@
+"""What answers requests: a worker over a local session, or a remote endpoint. Both have this face."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+from outrider_runtimes.deadline import Deadline
+from outrider_runtimes.tensors import Array, Interface, Tensors
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """Where the time of one request went, in milliseconds. ``total`` is what the caller waited."""
+
+    queue: float = 0.0
+    pre: float = 0.0
+    infer: float = 0.0
+    post: float = 0.0
+    network: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """Outputs at the interface, by name; the caller's to keep."""
+
+    outputs: dict[str, Array]
+    timing_ms: Timing
+
+
+class Runner(Protocol):
+    """Answers requests at one interface."""
+
+    @property
+    def interface(self) -> Interface:
+        """What it takes and gives."""
+        ...
+
+    def submit(self, inputs: Tensors, deadline: Deadline) -> Future[Answer]:
+        """Take one request; return at once.
+
+        The future ends by the deadline or soon after with an Answer, or with an InputError, an EngineError, a
+        RunnerError or DeadlineExceeded; work whose deadline has passed is not begun. A caller that must not wait
+        longer waits on the future with ``deadline.timeout_s()``.
+
+        Raises:
+            InputError: what was passed is not what the interface says; nothing was queued.
+            QueueFull, RunnerClosed: nothing was queued.
+        """
+        ...
+
+    def estimate_ms(self) -> float | None:
+        """How long a request that is submitted now would take, by what was measured; None before anything was."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds. Waiting requests end with RunnerClosed."""
+        ...
