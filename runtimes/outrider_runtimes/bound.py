@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from outrider_runtimes.engines import Session
-from outrider_runtimes.errors import InferenceError
+from outrider_runtimes.errors import InferenceError, ModelLoadError
 from outrider_runtimes.runner import Answer, Timing
 from outrider_runtimes.tensors import (
     Array,
@@ -32,17 +32,18 @@ class BoundSession:
     """
 
     def __init__(self, session: Session, interface: Interface, binding: Binding) -> None:
+        """Bind. Raises ModelLoadError when the binding names a tensor that the file does not have."""
         self.interface = interface
         self._session = session
         self._lock = threading.Lock()
         self._encode = [input_converter(s, b) for s, b in zip(interface.inputs, binding.inputs, strict=True)]
         self._decode = [output_converter(s, b) for s, b in zip(interface.outputs, binding.outputs, strict=True)]
         self._names = tuple(spec.name for spec in interface.outputs)
-        self._in_order = [session.input_names.index(b.file_name) for b in binding.inputs]
-        self._out_order = [session.output_names.index(b.file_name) for b in binding.outputs]
-        self._fixed_rows = _fixed_rows(interface, binding)
-        self._batched_in = [spec.batched for spec in interface.inputs]
-        self._batched_out = [spec.batched for spec in interface.outputs]
+        self._in_order = _positions("input", session.input_names, binding.inputs)
+        self._out_order = _positions("output", session.output_names, binding.outputs)
+        self._batch_in = [_batch_axis(s, b) for s, b in zip(interface.inputs, binding.inputs, strict=True)]
+        self._batch_out = [_batch_axis(s, b) for s, b in zip(interface.outputs, binding.outputs, strict=True)]
+        self._fixed_rows = _fixed_rows(binding, self._batch_in)
 
     def run(self, inputs: Tensors) -> Answer:
         """Check, convert, run, convert back.
@@ -55,24 +56,41 @@ class BoundSession:
             InferenceError: the engine failed.
         """
         start = time.perf_counter_ns()
-        arrays = check_inputs(self.interface, inputs)
+        arrays = self.check(inputs)
+        return self.execute(arrays, check_ms=(time.perf_counter_ns() - start) / 1e6)
+
+    def check(self, inputs: Tensors) -> list[Array]:
+        """The first half of ``run``: the inputs in the interface's order, for ``execute``; nothing is run or locked.
+
+        They may share memory with what was passed. Raises InputError.
+        """
+        return check_inputs(self.interface, inputs)
+
+    def execute(self, arrays: list[Array], *, check_ms: float = 0.0) -> Answer:
+        """The second half of ``run``: convert, run, convert back.
+
+        Args:
+            arrays: what ``check`` returned.
+            check_ms: how long that took; it counts in the answer's timing.
+
+        Raises:
+            InferenceError: the engine failed.
+        """
+        start = time.perf_counter_ns()
         encoded = [convert(array) for convert, array in zip(self._encode, arrays, strict=True)]
         waiting = time.perf_counter_ns()
         with self._lock:
             begun = time.perf_counter_ns()
             raw = self._run_rows(encoded)
         ran = time.perf_counter_ns()
-        outputs = {
-            name: convert(raw[position])
-            for name, convert, position in zip(self._names, self._decode, self._out_order, strict=True)
-        }
+        outputs = {name: convert(array) for name, convert, array in zip(self._names, self._decode, raw, strict=True)}
         done = time.perf_counter_ns()
         timing = Timing(
             queue=(begun - waiting) / 1e6,
-            pre=(waiting - start) / 1e6,
+            pre=check_ms + (waiting - start) / 1e6,
             infer=(ran - begun) / 1e6,
             post=(done - ran) / 1e6,
-            total=(done - start) / 1e6,
+            total=check_ms + (done - start) / 1e6,
         )
         return Answer(outputs=outputs, timing_ms=timing)
 
@@ -81,38 +99,76 @@ class BoundSession:
         with self._lock:
             self._session.close()
 
-    def _run_rows(self, encoded: list[Array]) -> Sequence[Array]:
-        fixed = self._fixed_rows
-        rows = next((a.shape[0] for a, batched in zip(encoded, self._batched_in, strict=True) if batched), None)
+    def _run_rows(self, encoded: list[Array]) -> list[Array]:
+        """The file's outputs in the interface's order, for as many rows as ``encoded`` has."""
+        fixed, rows = self._fixed_rows, self._rows(encoded)
         if fixed is None or rows is None or rows == fixed:
-            return self._session.run(self._arranged(encoded))
+            return self._run_once(encoded)
+        if rows == 0:
+            return self._run_empty(encoded, fixed)
         if rows % fixed:
             raise InferenceError(f"N = {rows} is not a multiple of the file's fixed batch of {fixed}")
-        parts = [self._session.run(self._arranged(self._slice(encoded, at, fixed))) for at in range(0, rows, fixed)]
-        if not parts:
-            return self._empty(encoded, fixed)
-        return [self._joined(position, [part[position] for part in parts]) for position in range(len(parts[0]))]
+        parts = [self._run_once(self._slice(encoded, at, fixed)) for at in range(0, rows, fixed)]
+        return [
+            parts[-1][position] if axis is None else np.concatenate([part[position] for part in parts], axis)
+            for position, axis in enumerate(self._batch_out)
+        ]
 
-    def _arranged(self, encoded: list[Array]) -> list[Array]:
+    def _run_once(self, encoded: list[Array]) -> list[Array]:
         arranged = list(encoded)
         for position, array in zip(self._in_order, encoded, strict=True):
             arranged[position] = array
-        return arranged
+        raw = self._session.run(arranged)
+        return [raw[position] for position in self._out_order]
+
+    def _rows(self, encoded: list[Array]) -> int | None:
+        for array, axis in zip(encoded, self._batch_in, strict=True):
+            if axis is not None:
+                return int(array.shape[axis])
+        return None
 
     def _slice(self, encoded: list[Array], at: int, rows: int) -> list[Array]:
-        return [a[at : at + rows] if batched else a for a, batched in zip(encoded, self._batched_in, strict=True)]
+        return [
+            a if axis is None else np.ascontiguousarray(_rows_of(a, axis, slice(at, at + rows)))
+            for a, axis in zip(encoded, self._batch_in, strict=True)
+        ]
 
-    def _joined(self, position: int, parts: list[Array]) -> Array:
-        batched = self._batched_out[self._out_order.index(position)]
-        return np.concatenate(parts) if batched else parts[-1]
-
-    def _empty(self, encoded: list[Array], fixed: int) -> list[Array]:
+    def _run_empty(self, encoded: list[Array], fixed: int) -> list[Array]:
         """N = 0: the shapes of a run on zeros, with no rows."""
         zeros = [
-            np.zeros((fixed, *a.shape[1:]), a.dtype) if batched else a
-            for a, batched in zip(encoded, self._batched_in, strict=True)
+            a if axis is None else np.zeros((*a.shape[:axis], fixed, *a.shape[axis + 1 :]), a.dtype)
+            for a, axis in zip(encoded, self._batch_in, strict=True)
         ]
-        return [output[:0] for output in self._session.run(self._arranged(zeros))]
+        outputs = self._run_once(zeros)
+        return [
+            a if axis is None else _rows_of(a, axis, slice(0, 0))
+            for a, axis in zip(outputs, self._batch_out, strict=True)
+        ]
+
+
+def _positions(side: str, names: Sequence[str], bound: Sequence[TensorBinding]) -> list[int]:
+    for item in bound:
+        if item.file_name not in names:
+            raise ModelLoadError(f"{side} {item.name!r} is bound to {item.file_name!r}; the file has {list(names)}")
+    if side == "input" and len(bound) != len(names):
+        raise ModelLoadError(f"{len(bound)} inputs are bound; the file has {list(names)}")
+    return [names.index(item.file_name) for item in bound]
+
+
+def _batch_axis(spec: TensorSpec, binding: TensorBinding) -> int | None:
+    """Which axis of the file's tensor is the batch; None when it has none."""
+    if not spec.batched:
+        return None
+    return binding.permutation.index(0) if binding.permutation else 0
+
+
+def _fixed_rows(binding: Binding, batch_axes: Sequence[int | None]) -> int | None:
+    sizes = [item.shape[axis] for item, axis in zip(binding.inputs, batch_axes, strict=True) if axis is not None]
+    return next((size for size in sizes if size is not None), None)
+
+
+def _rows_of(array: Array, axis: int, rows: slice) -> Array:
+    return array[(slice(None),) * axis + (rows,)]
 
 
 def input_converter(spec: TensorSpec, binding: TensorBinding) -> Convert:
@@ -158,12 +214,15 @@ def _chain(steps: list[Convert]) -> Convert:
 def _quantizer(binding: TensorBinding) -> Convert:
     """Round half to even, clip, cast: a cast out of range is undefined, so the clip comes first."""
     limits = np.iinfo(binding.dtype)
-    inverse = np.float32(1.0 / (binding.scale or 1.0))
-    zero_point = np.float32(binding.zero_point)
+    work = np.float32 if limits.bits <= 16 else np.float64  # what holds every value of the file's dtype exactly
+    inverse, zero_point = work(1.0 / (binding.scale or 1.0)), work(binding.zero_point)
 
     def quantize(x: Array) -> Array:
-        scaled = np.rint(x * inverse) + zero_point
-        return np.clip(scaled, limits.min, limits.max).astype(binding.dtype)
+        with np.errstate(over="ignore"):  # infinity is clipped like any large value
+            scaled = np.multiply(x, inverse, dtype=work)
+        np.rint(scaled, out=scaled)
+        scaled += zero_point
+        return np.clip(scaled, limits.min, limits.max, out=scaled).astype(binding.dtype)
 
     return quantize
 
@@ -181,11 +240,3 @@ def _caster(spec: TensorSpec, binding: TensorBinding) -> Convert:
         return x.astype(target)
 
     return cast
-
-
-def _fixed_rows(interface: Interface, binding: Binding) -> int | None:
-    for spec, item in zip(interface.inputs, binding.inputs, strict=True):
-        if spec.batched:
-            position = item.permutation.index(0) if item.permutation else 0
-            return item.shape[position]
-    return None
