@@ -1,0 +1,42 @@
+# `make help` lists the targets.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+
+PY := .venv/bin/python
+DEMO := .venv/.installed-demo
+DEV := .venv/.installed-dev
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+.PHONY: demo
+demo: $(DEMO) ## the whole way on this machine: train, export, run, report, fall back
+	.venv/bin/outrider demo --output demo-output
+
+.PHONY: test
+test: $(DEV) ## every test
+	@.ci/debian
+	$(PY) -m pytest
+
+.PHONY: check
+check: $(DEV) ## the loop, under 90 seconds: linters, types, contracts, fast tests
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	$(PY) -m pytest -q -m "not slow"
+
+.PHONY: bench
+bench: $(DEV) ## measure beside the peers and rewrite the README's figures
+	$(PY) -m benchmarks
+
+.PHONY: clean
+clean: ## remove what make made
+	rm -rf .venv demo-output dist
+
+$(DEMO): pyproject.toml .ci/constraints.txt .ci/setup
+	@.ci/setup demo
+
+$(DEV): pyproject.toml .ci/constraints.txt .ci/setup
+	@.ci/setup dev
