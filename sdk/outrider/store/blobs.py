@@ -1,0 +1,102 @@
+"""Files under the name of their sha256, and the bundles that are made of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from outrider.bundle import Manifest, Signature
+from outrider_runtimes.errors import BundleError, StoreError
+
+REINSTALL = "install the bundle again: `outrider install BUNDLE`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Installed:
+    """A bundle in the store.
+
+    Attributes:
+        signatures: each was checked against its key when the bundle was installed.
+        verified: whether a key that was trusted then had signed.
+        present: paths of the members that the store has.
+        choice: what was chosen for this board when it was activated, free JSON.
+    """
+
+    manifest: Manifest
+    signatures: tuple[Signature, ...]
+    verified: bool
+    present: frozenset[str]
+    choice: Mapping[str, Any]
+    root: Path = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """The bundle's name."""
+        return self.manifest.name
+
+    @property
+    def digest(self) -> str:
+        """The bundle's identity."""
+        return self.manifest.digest
+
+    @property
+    def key_ids(self) -> tuple[str, ...]:
+        """Ids of the keys that signed."""
+        return tuple(signature.key_id for signature in self.signatures)
+
+    def blob_path(self, member: str) -> Path:
+        """The file that holds a member. Raises BundleError for one that is not in the bundle or not here."""
+        path = blob_path_of(self.root, self.manifest.member(member).sha256)
+        if member not in self.present:
+            raise BundleError(
+                f"member {member!r} of {self.name!r} is not installed: a thin bundle without it was",
+                hint="install the whole bundle, or one made for this target",
+            )
+        return path
+
+    def read(self, member: str) -> bytes:
+        """The bytes of a member, hashed again. Raises StoreError when they are not the ones that were installed."""
+        data = read_bounded(self.blob_path(member), self.manifest.member(member).size_bytes)
+        if hashlib.sha256(data).hexdigest() != self.manifest.member(member).sha256:
+            raise StoreError(f"member {member!r} of {self.name!r} was damaged in the store", hint=REINSTALL)
+        return data
+
+
+def blob_path_of(root: Path, sha256: str) -> Path:
+    """Where a blob lies."""
+    return root / "blobs" / "sha256" / sha256
+
+
+def is_whole(path: Path, sha256: str) -> bool:
+    """Whether a blob is there and has the hash that its name says. Reads all of it."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    except FileNotFoundError:
+        return False
+    return digest.hexdigest() == sha256
+
+
+def size_of(path: Path) -> int:
+    """Of a blob in bytes; -1 where it is not there."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1
+
+
+def read_bounded(path: Path, limit_bytes: int) -> bytes:
+    """A file of at most so many bytes. Raises StoreError for a longer one or none."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit_bytes + 1)
+    except FileNotFoundError:
+        raise StoreError(f"{path} is missing from the store", hint=REINSTALL) from None
+    if len(data) > limit_bytes:
+        raise StoreError(f"{path} is longer than {limit_bytes} bytes", hint=REINSTALL)
+    return data
