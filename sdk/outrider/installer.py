@@ -1,0 +1,125 @@
+"""From a file to what serves on this board: verify while copying, admit, measure, activate; and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from outrider.admit import Admission, Choice, Measured, Skipped, admit
+from outrider.bundle import Trust, find_trust
+from outrider.store import Installed, Store, find_state_dir
+from outrider.supervise import Limits
+from outrider_runtimes.errors import StoreError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InstallReport:
+    """What is current now, and why it is served as it is.
+
+    Attributes:
+        name, version, digest: the bundle's.
+        verified: whether a trusted key had signed it.
+        admitted: whether it was run for this report; False where the same bundle was installed already and neither
+            the engines nor the board have changed since.
+        choice: the variant, engine and threads that ``load`` takes.
+        measured: the grid that the choice comes from.
+        skipped: engines, and variants on engines, that could not be tried, and why.
+        engines: version by name of the engines that were tried.
+        board: what the board was.
+        peak_rss_bytes: the most memory that the first run was seen to hold.
+    """
+
+    name: str
+    version: int
+    digest: str
+    verified: bool
+    admitted: bool
+    choice: Choice
+    measured: tuple[Measured, ...]
+    skipped: tuple[Skipped, ...]
+    engines: Mapping[str, str]
+    board: Mapping[str, Any]
+    peak_rss_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+
+def install(
+    path: str | Path,
+    *,
+    trust: Trust | str | Path | None = None,
+    state: str | Path | None = None,
+    limits: Limits | None = None,
+) -> InstallReport:
+    """Make a bundle the current one of its name on this board, or leave everything as it was.
+
+    Args:
+        path: the ``.outrider`` file.
+        trust: which keys may sign: a ``.pub`` file, a folder of them, or a Trust; see ``find_trust`` for the default.
+        state: the state directory; see ``find_state_dir`` for the default.
+        limits: what the first run may use; see ``outrider.admit.default_limits``.
+
+    Raises:
+        BundleError: the file is not a sound bundle, or no trusted key signed it.
+        AdmissionError: it crashed, hung, outgrew its memory or answered wrongly in its first run.
+        NoEngine: no engine here runs any of its variants.
+        StoreError: it is older than what is installed, or the state directory cannot be written.
+    """
+    root = find_state_dir(state)
+    store = Store(root)
+    with store.add(path, find_trust(trust, root)) as staged:
+        candidate = staged.bundle
+        same = _current(store, candidate.digest)
+        members = {member: candidate.blob_path(member) for member in candidate.present}
+        known: Admission | None = None
+        if same is not None:
+            members |= {member: same.blob_path(member) for member in same.present}
+            if candidate.present <= same.present:
+                known = _admission(same)
+        admission = admit(candidate.manifest, members, limits=limits, known=known)
+        installed = store.activate(staged, admission.to_dict())
+    return _report(installed, admission, admitted=admission is not known)
+
+
+def rollback(name: str, *, state: str | Path | None = None) -> InstallReport:
+    """Go back to the bundle that was current before, with the choice that was made for it then.
+
+    Raises:
+        NotInstalled: there is none of that name, or nothing to go back to.
+        StoreError: what it would go back to was damaged; nothing changed.
+    """
+    installed = Store(find_state_dir(state)).rollback(name)
+    return _report(installed, Admission.from_dict(installed.choice), admitted=False)
+
+
+def _current(store: Store, digest: str) -> Installed | None:
+    with suppress(StoreError):  # damaged: then this install heals it
+        return store.find_digest(digest)
+    return None
+
+
+def _admission(installed: Installed) -> Admission | None:
+    with suppress(StoreError):
+        return Admission.from_dict(installed.choice)
+    return None
+
+
+def _report(installed: Installed, admission: Admission, *, admitted: bool) -> InstallReport:
+    return InstallReport(
+        name=installed.name,
+        version=installed.manifest.version,
+        digest=installed.digest,
+        verified=installed.verified,
+        admitted=admitted,
+        choice=admission.choice,
+        measured=admission.measured,
+        skipped=admission.skipped,
+        engines=admission.engines,
+        board=admission.board,
+        peak_rss_bytes=admission.peak_rss_bytes,
+    )

@@ -1,0 +1,89 @@
+"""A child process that does what its request says: `python -m support.misbehave` with {"limits": ..., "do": ...}."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+
+from outrider.supervise import enter_limits
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    enter_limits(request["limits"])
+    print(json.dumps({"event": "begun", "pid": os.getpid(), "path": sys.path}), flush=True)
+    ACTIONS[request["do"]]()
+
+
+def answer() -> None:
+    print(json.dumps({"event": "answer", "value": 42}), flush=True)
+
+
+def complain() -> None:
+    print("x" * 100_000, file=sys.stderr)
+    print("the last words", file=sys.stderr)
+    sys.exit(3)
+
+
+def crash() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def hang() -> None:
+    signal.pause()
+
+
+def hang_deaf() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, signal.SIG_IGN)
+    os.close(1)
+    os.close(2)
+    while True:
+        time.sleep(60)
+
+
+def leave_a_child() -> None:
+    if os.fork() == 0:
+        hang()
+    hang()
+
+
+def burn() -> None:
+    while True:
+        pass
+
+
+def fill() -> None:
+    kept = []
+    while True:
+        kept.append(b"\1" * 2**24)
+
+
+def open_files() -> None:
+    kept = []
+    try:
+        while True:
+            kept.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        count = len(kept)
+    print(json.dumps({"event": "opened", "count": count}), flush=True)
+
+
+def babble() -> None:
+    print("this is not JSON", flush=True)
+    hang()
+
+
+def flood() -> None:
+    while True:
+        sys.stdout.write("1" * 65536)
+
+
+ACTIONS = {action.__name__: action for action in (answer, complain, crash, hang, hang_deaf, leave_a_child)}
+ACTIONS |= {action.__name__: action for action in (burn, fill, open_files, babble, flood)}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""The first run of a bundle: real models that answer, lie, crash, hang and eat memory, in real children."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outrider.admit import Admission, Measured, admit, choose, default_limits
+from outrider.bundle import Bundle, open_bundle
+from outrider.supervise import Limits
+from outrider.trial import measure, thread_counts
+from outrider_runtimes.errors import AdmissionError, NoEngine, StoreError
+from support import tinymodels
+from support.realbundles import ONNX, TFLITE, make_real_bundle
+
+W = tinymodels.weights()
+
+
+def unpack(bundle: Bundle, folder: Path) -> dict[str, Path]:
+    files = {}
+    for index, member in enumerate(sorted(bundle.present)):
+        files[member] = folder / str(index)
+        files[member].write_bytes(bundle.read(member))
+    return files
+
+
+def admitted(folder: Path, *, limits: Limits | None = None, known: Admission | None = None, **made: Any) -> Admission:
+    path = folder / "tiny.outrider"
+    make_real_bundle(path, **made)
+    with open_bundle(path) as bundle:
+        return admit(bundle.manifest, unpack(bundle, folder), limits=limits, known=known)
+
+
+def limits(**changes: Any) -> Limits:
+    return dataclasses.replace(default_limits(), **changes)
+
+
+def test_every_variant_is_tried_on_every_engine_and_the_fastest_chosen(tmp_path: Path) -> None:
+    admission = admitted(tmp_path, formats=("onnx", "tflite"))
+    pairs = {(row.variant, row.engine) for row in admission.measured}
+    assert pairs >= {(ONNX, "onnxruntime"), (TFLITE, "litert")}
+    assert all(row.p50_ms > 0 and row.runs >= 3 for row in admission.measured)
+    threads = {row.threads for row in admission.measured}
+    assert 1 in threads and max(threads) == admission.board["cpus"]
+    assert admission.choice == choose(admission.measured)
+    assert set(admission.engines) >= {"onnxruntime", "litert"}
+    assert admission.peak_rss_bytes > 0
+
+
+def test_an_admission_goes_through_json_and_back(tmp_path: Path) -> None:
+    admission = admitted(tmp_path)
+    assert Admission.from_dict(json.loads(json.dumps(admission.to_dict()))) == admission
+    with pytest.raises(StoreError, match="malformed"):
+        Admission.from_dict({"choice": {}})
+
+
+def test_nothing_is_run_again_while_engines_and_board_are_the_same(tmp_path: Path) -> None:
+    first = admitted(tmp_path)
+    marked = dataclasses.replace(first, peak_rss_bytes=1)
+    assert admitted(tmp_path, known=marked) is marked
+    changed = dataclasses.replace(first, engines={"onnxruntime": "0.0.1"}, peak_rss_bytes=1)
+    again = admitted(tmp_path, known=changed)
+    assert again.peak_rss_bytes > 1
+    assert again.engines == first.engines
+
+
+def test_a_wrong_answer_is_refused_and_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        AdmissionError, match=r"tiny version 3: variant 'onnx-float32'.*onnxruntime.*differs by"
+    ) as info:
+        admitted(tmp_path, version=3, golden_shift=0.5)
+    assert "untouched" in info.value.hint
+
+
+def test_one_lying_variant_refuses_the_whole_bundle(tmp_path: Path) -> None:
+    other = tinymodels.classifier_tflite(tinymodels.weights(7))
+    with pytest.raises(AdmissionError, match=r"variant 'tflite-float32'.*on litert"):
+        admitted(tmp_path, formats=("onnx", "tflite"), files={"tflite": other})
+
+
+def test_nan_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdmissionError, match=r"variant 'onnx-float32'.*NaN"):
+        admitted(tmp_path, files={"onnx": tinymodels.nan_onnx(W)})
+
+
+@pytest.mark.parametrize("kind", ["onnx", "tflite"])
+@pytest.mark.parametrize("garbage", [b"\0" * 4096, bytes(range(256)) * 64])
+def test_garbage_is_refused(tmp_path: Path, kind: str, garbage: bytes) -> None:
+    with pytest.raises(AdmissionError, match=f"no variant could be loaded here.*{kind}-float32 on"):
+        admitted(tmp_path, formats=(kind,), files={kind: garbage})
+
+
+def test_a_truncated_model_is_refused(tmp_path: Path) -> None:
+    whole = tinymodels.classifier_tflite(W)
+    with pytest.raises(AdmissionError, match="tflite-float32"):
+        admitted(tmp_path, formats=("tflite",), files={"tflite": whole[: len(whole) // 2]})
+
+
+def test_what_an_engine_cannot_load_is_left_out_and_shown(tmp_path: Path) -> None:
+    admission = admitted(tmp_path, formats=("onnx", "tflite"), files={"onnx": b"not a model"})
+    assert {row.variant for row in admission.measured} == {TFLITE}
+    assert [(row.variant, row.engine) for row in admission.skipped if row.variant] == [(ONNX, "onnxruntime")]
+
+
+def test_a_binding_to_a_tensor_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    renamed = tinymodels.classifier_onnx(W).replace(b"\x01y", b"\x01z")
+    with pytest.raises(AdmissionError, match=r"variant 'onnx-float32'"):
+        admitted(tmp_path, files={"onnx": renamed})
+
+
+def test_a_model_that_hangs_is_killed(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    with pytest.raises(AdmissionError, match=r"'onnx-float32', answering its golden.*did not end within 4 s"):
+        admitted(tmp_path, files={"onnx": tinymodels.endless_onnx(W)}, limits=limits(wall_s=4.0))
+    assert time.monotonic() - begun < 30.0
+
+
+@pytest.mark.slow
+def test_a_model_that_burns_its_processor_time_is_killed(tmp_path: Path) -> None:
+    with pytest.raises(AdmissionError, match="used more than 3 s of CPU"):
+        admitted(tmp_path, files={"onnx": tinymodels.endless_onnx(W)}, limits=limits(cpu_s=3.0))
+
+
+def test_a_model_that_outgrows_its_memory_is_killed(tmp_path: Path) -> None:
+    hungry = tinymodels.hungry_onnx(W, elements=2**28)  # 1 GiB twice
+    with pytest.raises(AdmissionError, match=r"variant 'onnx-float32'.*used more than 400 MiB"):
+        admitted(tmp_path, files={"onnx": hungry}, limits=limits(rss_bytes=400 * 2**20))
+
+
+def test_a_model_that_asks_for_the_impossible_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdmissionError, match=r"variant 'onnx-float32'"):
+        admitted(tmp_path, files={"onnx": tinymodels.hungry_onnx(W, elements=2**52)})
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGSEGV,
+        pytest.param(signal.SIGILL, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
+def test_a_child_that_dies_by_a_signal_is_named_with_what_it_was_doing(tmp_path: Path, number: signal.Signals) -> None:
+    """An endless model, struck by the signal that a broken kernel would raise in it."""
+    caught: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            admitted(tmp_path, files={"onnx": tinymodels.endless_onnx(W)}, limits=limits(wall_s=60.0))
+        except AdmissionError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    os.kill(_busy_child(), number)
+    thread.join(30.0)
+    assert len(caught) == 1
+    assert "variant 'onnx-float32', answering its golden inputs on onnxruntime" in str(caught[0])
+    assert f"was killed by {number.name}" in str(caught[0])
+
+
+def _busy_child() -> int:
+    """The trial of this process once it has used 2.5 s of CPU: imports take 0.3 s, so it is in the model then."""
+    ends_at = time.monotonic() + 60.0
+    while time.monotonic() < ends_at:
+        for task in Path("/proc/self/task").iterdir():
+            for pid in (task / "children").read_text().split():
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                if (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") > 2.5:
+                    return int(pid)
+        time.sleep(0.02)
+    raise AssertionError("no child got busy")
+
+
+def test_no_engine_for_any_variant_says_why_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broken installation, really found first on the search path by the child."""
+    broken = tmp_path / "broken"
+    for package in ("ai_edge_litert", "tflite_runtime"):
+        (broken / package).mkdir(parents=True)
+        (broken / package / "__init__.py").write_text("raise ImportError('built for another numpy')\n")
+    monkeypatch.syspath_prepend(str(broken))
+    with pytest.raises(NoEngine, match=r"litert: .*built for another numpy.*tflite_runtime: ") as info:
+        admitted(tmp_path, formats=("tflite",))
+    assert "pip install" in info.value.hint
+
+
+def test_an_engine_that_dies_on_import_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deadly = tmp_path / "deadly" / "ai_edge_litert"
+    deadly.mkdir(parents=True)
+    (deadly / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
+    monkeypatch.syspath_prepend(str(deadly.parent))
+    admission = admitted(tmp_path, formats=("onnx", "tflite"))
+    assert {row.engine for row in admission.measured} == {"onnxruntime"}
+    reasons = {row.engine: row.reason for row in admission.skipped}
+    assert reasons["litert"] == "importing it was killed by SIGILL"
+
+
+def row(p50_ms: float, threads: int = 1, variant: str = "v") -> Measured:
+    return Measured(variant=variant, engine="e", threads=threads, p50_ms=p50_ms, runs=9)
+
+
+def test_a_tie_goes_to_fewer_threads() -> None:
+    assert choose([row(1.0, threads=4), row(1.015, threads=1), row(1.5, threads=1)]).p50_ms == 1.015
+    assert choose([row(1.0, threads=4), row(1.03, threads=1)]).threads == 4
+    assert choose([row(1.01, threads=1, variant="a"), row(1.0, threads=1, variant="b")]).variant == "b"
+
+
+@given(st.lists(st.tuples(st.floats(1e-3, 1e3), st.integers(1, 64)), min_size=1, max_size=20))
+def test_the_choice_is_within_two_percent_of_the_best_and_no_other_such_has_fewer_threads(
+    cells: list[tuple[float, int]],
+) -> None:
+    rows = [row(p50_ms, threads) for p50_ms, threads in cells]
+    chosen = choose(rows)
+    best = min(each.p50_ms for each in rows)
+    assert chosen.p50_ms <= best * 1.02
+    assert all(each.threads >= chosen.threads for each in rows if each.p50_ms <= best * 1.02)
+
+
+@given(st.integers(1, 300))
+def test_thread_counts_go_from_all_down_to_one(usable: int) -> None:
+    counts = thread_counts(usable)
+    assert counts[0] == usable and counts[-1] == 1
+    assert counts == sorted(set(counts), reverse=True)
+
+
+class Still:
+    """A bound session of which each call takes what the test says, on the test's own clock."""
+
+    def __init__(self, call_s: float) -> None:
+        self.now_s = 0.0
+        self.call_s = call_s
+
+    def run(self, inputs: Any) -> None:
+        self.now_s += self.call_s
+
+    def clock(self) -> float:
+        return self.now_s
+
+
+@pytest.mark.parametrize(("call_s", "runs"), [(1e-5, 500), (0.01, 30), (2.0, 3)])
+def test_a_slow_model_is_timed_less_often(call_s: float, runs: int) -> None:
+    still = Still(call_s)
+    p50_ms, counted = measure(still, {}, clock=still.clock)  # type: ignore[arg-type]
+    assert counted == pytest.approx(runs, abs=1)
+    assert p50_ms == pytest.approx(call_s * 1e3)
