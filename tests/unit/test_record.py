@@ -1,0 +1,251 @@
+"""The payloads of docs/telemetry.md: what is written is read back, and nothing else is."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import uuid
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outrider.telemetry.record import (
+    MAX_BATCH_RECORDS,
+    MAX_PAYLOAD_BYTES,
+    MAX_RECORD_BYTES,
+    MAX_SEQ,
+    Range,
+    Receipt,
+    Row,
+    check_device,
+    decode_batch,
+    decode_receipt,
+    decode_record,
+    decode_status,
+    device_of,
+    encode_batch,
+    encode_receipt,
+    encode_record,
+    encode_row,
+    encode_status,
+    to_ranges,
+    topics,
+)
+from outrider_runtimes.errors import ConfigError, TelemetryError
+from support.telemetry import BOOT, STREAM, a_record
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def a_row(seq: int = 1, **body: object) -> Row:
+    return Row(seq, encode_row(kind="event", boot_id=BOOT, wall_s=1.5, monotonic_s=2.5, body=body))
+
+
+def a_batch(**changes: object) -> dict[str, object]:
+    payload = encode_batch(device="pi-07", stream=STREAM, after_seq=0, rows=[a_row(1), a_row(3)])
+    return {**json.loads(payload), **changes}
+
+
+def dump(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
+@given(seq=st.integers(1, MAX_SEQ), body=st.dictionaries(st.text(), json_values, max_size=4))
+def test_a_record_survives_its_encoding(seq: int, body: dict[str, object]) -> None:
+    record = a_record(seq, body=body)
+    assert decode_record(encode_record(record), stream=STREAM) == record
+
+
+@given(seqs=st.sets(st.integers(1, 10_000), max_size=50))
+def test_a_batch_gives_back_its_records_in_order(seqs: set[int]) -> None:
+    rows = [a_row(seq, number=seq) for seq in sorted(seqs)]
+    batch = decode_batch(encode_batch(device="pi-07", stream=STREAM, after_seq=0, rows=rows))
+    assert (batch.device, batch.stream, batch.after_seq, batch.malformed) == ("pi-07", STREAM, 0, 0)
+    assert [record.seq for record in batch.records] == sorted(seqs)
+    assert all(record.body == {"number": record.seq} for record in batch.records)
+
+
+def test_a_record_has_a_uuid_that_its_stream_and_number_determine() -> None:
+    assert a_record(7).uuid == a_record(7, kind="metrics").uuid == str(uuid.uuid5(uuid.UUID(STREAM), "7"))
+    assert a_record(7).uuid != a_record(8).uuid
+
+
+def test_keys_that_a_reader_does_not_know_are_ignored() -> None:
+    later = json.loads(encode_record(a_record())) | {"clock_unsynced": True}
+    assert decode_record(dump(later), stream=STREAM) == a_record()
+    assert len(decode_batch(dump(a_batch(compression="none"))).records) == 2
+
+
+def test_a_kind_of_a_later_version_passes() -> None:
+    assert decode_record(encode_record(a_record(kind="drift")), stream=STREAM).kind == "drift"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seq", 0),
+        ("seq", -1),
+        ("seq", True),
+        ("seq", 1.0),
+        ("seq", MAX_SEQ + 1),
+        ("seq", None),
+        ("kind", "No"),
+        ("kind", 3),
+        ("kind", ""),
+        ("boot_id", "x"),
+        ("boot_id", None),
+        ("wall_s", "now"),
+        ("wall_s", True),
+        ("wall_s", 10**400),
+        ("monotonic_s", None),
+        ("body", []),
+        ("body", None),
+    ],
+)
+def test_a_wrong_field_of_a_record_is_named(key: str, value: object) -> None:
+    fields = json.loads(encode_record(a_record())) | {key: value}
+    with pytest.raises(TelemetryError, match=rf"record\.{key}"):
+        decode_record(dump(fields), stream=STREAM)
+
+
+@pytest.mark.parametrize("key", ["seq", "kind", "boot_id", "wall_s", "monotonic_s", "body"])
+def test_a_missing_field_of_a_record_is_named(key: str) -> None:
+    fields = json.loads(encode_record(a_record()))
+    del fields[key]
+    with pytest.raises(TelemetryError, match=rf"record\.{key}"):
+        decode_record(dump(fields), stream=STREAM)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("v", 2),
+        ("v", True),
+        ("v", None),
+        ("device", "a/b"),
+        ("device", 7),
+        ("stream", STREAM.upper().replace("0", "A")),
+        ("stream", None),
+        ("after_seq", -1),
+        ("after_seq", False),
+        ("after_seq", "1"),
+        ("records", {}),
+        ("records", [{}] * (MAX_BATCH_RECORDS + 1)),
+    ],
+)
+def test_a_wrong_field_of_a_batch_is_named(key: str, value: object) -> None:
+    with pytest.raises(TelemetryError, match=rf"batch\.{key}"):
+        decode_batch(dump(a_batch(**{key: value})))
+
+
+def test_one_bad_record_does_not_take_the_others_with_it() -> None:
+    good = json.loads(encode_record(a_record(5)))
+    batch = decode_batch(
+        dump(a_batch(records=[good, {**good, "seq": 6, "body": 1}, 3, {**good, "seq": 5}, {**good, "seq": 9}]))
+    )
+    assert [record.seq for record in batch.records] == [5, 9]
+    assert batch.malformed == 3
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'{"v":1,"v":1}',
+        b'{"v":NaN}',
+        b'{"v":1e999}',
+        b"[" * 100_000,
+        b'{"v":' + b"1" * 10_000 + b"}",
+        b" " * (MAX_PAYLOAD_BYTES + 1),
+    ],
+    ids=["empty", "cut", "list", "null", "not-utf8", "twice", "nan", "infinite", "deep", "long-number", "too-large"],
+)
+def test_hostile_bytes_are_refused_by_every_decoder(payload: bytes) -> None:
+    for decode in (decode_batch, decode_receipt, decode_status):
+        with pytest.raises(TelemetryError):
+            decode(payload)
+    with pytest.raises(TelemetryError):
+        decode_record(payload, stream=STREAM)
+
+
+@given(payload=st.binary(max_size=200) | json_values.map(dump))
+def test_a_decoder_raises_nothing_else(payload: bytes) -> None:
+    for decode in (decode_batch, decode_receipt, decode_status):
+        with contextlib.suppress(TelemetryError):
+            decode(payload)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [float("nan"), float("inf"), object(), {1, 2}, b"bytes", "x" * MAX_RECORD_BYTES],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_has_no_form_in_json_or_is_too_large_is_refused(value: object) -> None:
+    with pytest.raises(TelemetryError, match="event record"):
+        encode_row(kind="event", boot_id=BOOT, wall_s=0.0, monotonic_s=0.0, body={"value": value})
+
+
+def test_a_receipt_survives_its_encoding() -> None:
+    receipt = Receipt(stream=STREAM, ranges=(Range(1, 3), Range(7, 7)))
+    assert json.loads(encode_receipt(receipt)) == {"v": 1, "stream": STREAM, "ranges": [[1, 3], [7, 7]]}
+    assert decode_receipt(encode_receipt(receipt)) == receipt
+
+
+@pytest.mark.parametrize("ranges", [None, [[3, 1]], [[0, 1]], [[1]], [[1, 2, 3]], [1], [["1", "2"]], [[1, 2]] * 1001])
+def test_a_wrong_receipt_is_refused(ranges: object) -> None:
+    with pytest.raises(TelemetryError, match=r"receipt\.ranges"):
+        decode_receipt(dump({"v": 1, "stream": STREAM, "ranges": ranges}))
+
+
+def test_a_status_says_who_and_whether() -> None:
+    birth = encode_status("online", device="pi-07", stream=STREAM, boot_id=BOOT, reason="connected", wall_s=12.3456)
+    will = encode_status("offline", device="pi-07", stream=STREAM, boot_id=BOOT, reason="lost", wall_s=None)
+    assert decode_status(birth)["wall_s"] == 12.346
+    assert decode_status(will)["state"] == "offline"
+    assert "wall_s" not in decode_status(will)
+    with pytest.raises(TelemetryError, match=r"status\.state"):
+        decode_status(dump(json.loads(birth) | {"state": "asleep"}))
+
+
+@given(seqs=st.sets(st.integers(1, 200)))
+def test_ranges_cover_exactly_the_numbers(seqs: set[int]) -> None:
+    ranges = to_ranges(sorted(seqs))
+    assert {seq for first, last in ranges for seq in range(first, last + 1)} == seqs
+    assert all(earlier.last + 1 < later.first for earlier, later in pairwise(ranges))
+
+
+def test_topics_are_of_the_device_and_lead_back_to_it() -> None:
+    mine = topics("pi-07")
+    assert (mine.status, mine.records, mine.receipt) == (
+        "outrider/v1/pi-07/status",
+        "outrider/v1/pi-07/records",
+        "outrider/v1/pi-07/receipt",
+    )
+    assert device_of(mine.records) == "pi-07"
+    assert device_of("outrider/v2/pi-07/records") is device_of("outrider/v1/a b/records") is device_of("x") is None
+
+
+@pytest.mark.parametrize("device", ["", "-a", ".a", "a/b", "a+", "#", "a b", "ä", "a" * 65, "a\n", None, 7])
+def test_a_device_id_that_a_topic_or_a_file_cannot_hold_is_refused(device: object) -> None:
+    with pytest.raises(ConfigError, match="device id") as caught:
+        check_device(device)
+    assert "pi-07" in caught.value.hint
+
+
+@pytest.mark.parametrize("device", ["a", "7", "pi-07", "Line_3.cam", "a" * 64])
+def test_usual_device_ids_are_taken(device: str) -> None:
+    assert check_device(device) == device
