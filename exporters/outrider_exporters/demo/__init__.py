@@ -1,0 +1,1 @@
+"""``outrider demo``: the whole way on one machine, on real input."""

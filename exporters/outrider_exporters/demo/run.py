@@ -1,0 +1,293 @@
+"""The demo's six steps, and the figures that come out of them."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from outrider_exporters.demo.console import Narrator
+from outrider_exporters.demo.data import GENTLE, STREAM, Digits, Part, disturbed, load_digits
+from outrider_exporters.demo.score import (
+    accuracy,
+    labels_of,
+    margin_threshold,
+    margins_of,
+    paired_interval,
+)
+from outrider_exporters.demo.stream import DEADLINE_MS, Cast, Outcome, run_stream
+
+STEPS = 6
+RISK = 0.03  # share of wrong answers that the board may keep, on the calibration part
+MAX_DROP_POINTS = 1.0
+GATE_SAMPLES = 2_000
+CALIBRATION_SAMPLES = 2_000
+FINE_TUNING_SAMPLES = 8_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the user may choose.
+
+    Attributes:
+        output: folder for everything that the demo writes.
+        broker: URL of an MQTT broker; None starts the demo's own.
+        stream: inputs that the device answers.
+        rate_hz: inputs a second.
+        seed: of every random choice.
+    """
+
+    output: Path
+    broker: str | None
+    stream: int
+    rate_hz: float
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """The two bundles, and the export's own report of the small one."""
+
+    bundle: Path
+    cloud_bundle: Path
+    trust: Path
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Per input of the stream whether each side was right, and what was sent."""
+
+    edge: NDArray[np.bool_]
+    cloud: NDArray[np.bool_]
+    hybrid: NDArray[np.bool_]
+    outage: dict[str, Any]
+    offloaded: float
+
+
+def run_demo(settings: Settings, say: Narrator) -> dict[str, Any]:
+    """Run all steps; return what ``--json`` prints."""
+    from outrider_exporters.demo.report import write_report
+
+    folder = settings.output.resolve()
+    _clear(folder)
+    digits = load_digits(settings.seed)
+    with say.step("train a small network for the board and a strong one for the cloud"):
+        small, strong, trained = _train(digits, settings.seed, folder / "cache", say)
+    with say.step("prune, distil and quantize the small one; pack and sign the bundles"):
+        exported = _export((small, strong), digits, settings.seed, folder, say)
+    stream = disturbed(digits.test, settings.stream, STREAM, np.random.default_rng(settings.seed + 2))
+    min_margin = _min_margin(exported, digits, settings.seed, folder)
+    cast = Cast(
+        folder=folder,
+        bundle=exported.bundle,
+        cloud_bundle=exported.cloud_bundle,
+        trust=exported.trust,
+        broker_url=settings.broker,
+        rate_hz=settings.rate_hz,
+        min_margin=min_margin,
+    )
+    outcome = run_stream(cast, stream.images, say)
+    with say.step("score the answers"):
+        scored = _score(exported, stream, outcome, folder)
+        result = _result(exported, scored, outcome, trained=trained, seed=settings.seed)
+    with say.step("write the report"):
+        path = write_report(folder / "report.html", result, outcome, deadline_ms=DEADLINE_MS)
+        say.say(str(path))
+    return {**result, "report": str(path)}
+
+
+def _clear(folder: Path) -> None:
+    """A run begins with nothing of an earlier one but the cache of trained weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for item in folder.iterdir():
+        if item.name == "cache":
+            continue
+        if item.is_dir() and not item.is_symlink():
+            shutil.rmtree(item)
+        else:
+            item.unlink()
+
+
+def _train(digits: Digits, seed: int, cache: Path, say: Narrator) -> tuple[Any, Any, bool]:
+    from outrider_exporters.demo.networks import trained_small, trained_strong
+
+    small, small_trained = trained_small(digits.train, seed=seed, cache=cache)
+    strong, strong_trained = trained_strong(digits.train, seed=seed, cache=cache)
+    for name, model, was in (("board", small, small_trained), ("cloud", strong, strong_trained)):
+        count = sum(parameter.numel() for parameter in model.parameters())
+        say.say(f"{name}: {count:,} parameters, {'trained' if was else 'weights from the cache'}")
+    return small, strong, small_trained or strong_trained
+
+
+def _export(models: tuple[Any, Any], digits: Digits, seed: int, folder: Path, say: Narrator) -> Exported:
+    from outrider.bundle import generate_key, save_keypair
+    from outrider_exporters import Data, Distill, MaxDrop, Prune, Quantize, Recipe, export
+    from outrider_exporters.demo.networks import train
+
+    small, strong = models
+    rng = np.random.default_rng(seed + 1)
+    train_part = disturbed(digits.train, FINE_TUNING_SAMPLES, GENTLE, rng)
+    key = generate_key()
+    _, trust = save_keypair(folder / "keys", "demo", key)
+    common: dict[str, Any] = {
+        "example": {"image": digits.calibration.images[:1]},
+        "outputs": ["logits"],
+        "labels": tuple("0123456789"),
+        "data": Data(
+            train=({"image": train_part.images}, train_part.labels),
+            calibration={"image": digits.calibration.images},
+            test=disturbed(digits.test, GATE_SAMPLES, GENTLE, rng),
+        ),
+        "evaluate": accuracy,
+        "signing_keys": [key],
+        "seed": seed,
+    }
+
+    def fit(model: Any, part: Any) -> None:
+        images, labels = part
+        train(model, Part(images=images["image"], labels=labels), epochs=3, learning_rate=1e-3, seed=seed)
+
+    with say.activity() as show:
+        report = export(
+            small,
+            **common,
+            name="digits",
+            fit=fit,
+            teacher=strong,
+            recipe=Recipe([Prune(ratio=0.5), Distill(temperature=4.0), Quantize("int8")]),
+            formats=("onnx", "tflite"),
+            targets=("pi4", "pi5"),
+            gates=[MaxDrop("accuracy", points=MAX_DROP_POINTS)],
+            output=folder / "digits.outrider",
+            progress=show,
+        )
+        export(strong, **common, name="digits-large", formats=("onnx",), output=folder / "digits-large.outrider")
+    for stage in (report.baseline, *report.stages):
+        say.say(f"{stage.name}: {stage.parameters:,} parameters, accuracy {stage.metrics['accuracy']:.2%}")
+    return Exported(
+        bundle=folder / "digits.outrider",
+        cloud_bundle=folder / "digits-large.outrider",
+        trust=trust,
+        report=report.to_dict(),
+    )
+
+
+def _load(bundle: Path, exported: Exported, folder: Path) -> Any:
+    import outrider
+
+    return outrider.load(bundle, trust=exported.trust, state=folder / "score-state")
+
+
+def _min_margin(exported: Exported, digits: Digits, seed: int, folder: Path) -> float:
+    """The margin below which an answer is asked of the cloud, from the calibration part disturbed as the stream is."""
+    part = disturbed(digits.calibration, CALIBRATION_SAMPLES, STREAM, np.random.default_rng(seed + 3))
+    with _load(exported.bundle, exported, folder) as model:
+        right = labels_of(model.predict, part.images) == part.labels
+        return margin_threshold(margins_of(model.predict, part.images), right, risk=RISK)
+
+
+def _score(exported: Exported, stream: Part, outcome: Outcome, folder: Path) -> Scored:
+    with _load(exported.bundle, exported, folder) as edge, _load(exported.cloud_bundle, exported, folder) as cloud:
+        edge_right = labels_of(edge.predict, stream.images) == stream.labels
+        cloud_right = labels_of(cloud.predict, stream.images) == stream.labels
+    answers = outcome.answers
+    hybrid = np.array([line.get("label", -1) for line in answers]) == stream.labels[[line["row"] for line in answers]]
+    rows = [line["row"] for line in answers]
+    down, up = outcome.endpoint_down
+    during = [line for line in answers if down <= line["at_s"] < up]
+    return Scored(
+        edge=edge_right[rows],
+        cloud=cloud_right[rows],
+        hybrid=hybrid,
+        outage={
+            "requests": len(during),
+            "answered": sum(line["source"] is not None for line in during),
+            "late": sum(line.get("total_ms", np.inf) > DEADLINE_MS for line in during),
+            "degraded": sum(line["source"] == "edge_degraded" for line in during),
+            "recovered": any(line["source"] == "cloud" for line in answers if line["at_s"] >= up),
+        },
+        offloaded=float(np.mean([line["source"] == "cloud" for line in answers])),
+    )
+
+
+def _result(exported: Exported, scored: Scored, outcome: Outcome, *, trained: bool, seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng(seed + 4)
+    answers = outcome.answers
+    return {
+        "trained": trained,
+        "bundle": {
+            "path": str(exported.bundle),
+            "digest": exported.report["bundle"]["digest"],
+            "size_bytes": exported.bundle.stat().st_size,
+            "variants": [_variant(row) for row in exported.report["variants"]],
+        },
+        "stages": exported.report["stages"],
+        "baseline": exported.report["baseline"],
+        "accuracy": {
+            "edge": float(scored.edge.mean()),
+            "cloud": float(scored.cloud.mean()),
+            "hybrid": float(scored.hybrid.mean()),
+            "hybrid_minus_edge_ci95": paired_interval(scored.hybrid, scored.edge, rng),
+            "hybrid_minus_cloud_ci95": paired_interval(scored.hybrid, scored.cloud, rng),
+        },
+        "offloaded": scored.offloaded,
+        "requests": {
+            "sent": len(answers),
+            "answered": sum(line["source"] is not None for line in answers),
+            "late": sum(line.get("total_ms", np.inf) > DEADLINE_MS for line in answers),
+            "deadline_ms": DEADLINE_MS,
+        },
+        "outage": scored.outage,
+        "telemetry": {
+            **{name: outcome.account[name] for name in ("enqueued", "delivered", "pending", "dropped")},
+            "received": outcome.consumer["received"],
+        },
+    }
+
+
+def _variant(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": row["name"],
+        "format": row["format"],
+        "precision": row["precision"],
+        "size_bytes": row["size_bytes"],
+        "accuracy": row["metrics"]["accuracy"],
+        "latency_ms_p50": row["latency_host_ms_p50"],
+    }
+
+
+def say_tables(result: dict[str, Any], say: Narrator) -> None:
+    """The result as a person reads it."""
+    variants = [
+        [v["name"], f"{v['size_bytes'] / 1000:.1f}", f"{v['latency_ms_p50'] * 1000:.0f}", f"{v['accuracy']:.2%}"]
+        for v in result["bundle"]["variants"]
+    ]
+    say.table("Variants (latency measured on this machine)", ["variant", "kB", "p50 us", "accuracy"], variants)
+    scores = result["accuracy"]
+    low, high = scores["hybrid_minus_edge_ci95"]
+    rows = [[name, f"{scores[name]:.2%}"] for name in ("edge", "cloud", "hybrid")]
+    rows.append(["hybrid - edge, 95 % interval", f"{100 * low:+.2f} to {100 * high:+.2f} points"])
+    rows.append(["share asked of the cloud", f"{result['offloaded']:.1%}"])
+    say.table("Accuracy on the stream", ["", "share right"], rows)
+    requests, outage = result["requests"], result["outage"]
+    say.table(
+        f"Requests (deadline {requests['deadline_ms']:.0f} ms)",
+        ["", "sent", "answered", "late", "edge_degraded"],
+        [
+            ["whole stream", str(requests["sent"]), str(requests["answered"]), str(requests["late"]), ""],
+            [
+                "endpoint stopped",
+                str(outage["requests"]),
+                str(outage["answered"]),
+                str(outage["late"]),
+                str(outage["degraded"]),
+            ],
+        ],
+    )
+    account = result["telemetry"]
+    say.table("Telemetry, in records", list(account), [[str(value) for value in account.values()]])

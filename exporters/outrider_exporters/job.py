@@ -1,0 +1,122 @@
+"""What an export is asked to do, and what of it is refused at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from outrider.bundle.manifest import NAME
+from outrider_exporters.data import Data, check_data, golden_rows
+from outrider_exporters.gates import Gate
+from outrider_exporters.measure import Evaluate
+from outrider_exporters.passes import PassContext
+from outrider_exporters.recipe import Recipe
+from outrider_runtimes.engines import engine_named
+from outrider_runtimes.errors import ConfigError, MissingExtra
+from outrider_runtimes.targets import target_named
+from outrider_runtimes.tensors import Interface
+
+FORMATS = ("onnx", "tflite")
+TOOLS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "tflite": ("litert_torch", "ai_edge_litert")}
+QUANTIZERS = {"onnx": ("onnxruntime",), "tflite": ("ai_edge_quantizer",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What was asked for, checked; the arguments of ``export``."""
+
+    name: str
+    version: int
+    output: Path
+    recipe: Recipe
+    formats: tuple[str, ...]
+    targets: tuple[str, ...]
+    gates: tuple[Gate, ...]
+    signing_keys: tuple[Any, ...]
+    evaluate: Evaluate
+    context: PassContext
+
+    @property
+    def interface(self) -> Interface:
+        return self.context.interface
+
+    @property
+    def data(self) -> Data:
+        return self.context.data
+
+
+def bundle_name(name: str | None, output: Path) -> str:
+    """The name that was given, else the output file's. Raises ConfigError."""
+    given = output.stem if name is None else name
+    if not NAME.match(given):
+        raise ConfigError(
+            f"the bundle's name is {given!r}, expected lower-case letters, digits, '.', '_', '-', at most 64",
+            hint='export(..., name="digits")',
+        )
+    return given
+
+
+def check_job(job: Job) -> None:
+    """Everything that can be refused before the work begins. Raises ConfigError or MissingExtra."""
+    if isinstance(job.version, bool) or not isinstance(job.version, int) or job.version < 1:
+        raise ConfigError(f"version is {job.version!r}, expected an integer of 1 or more")
+    unknown = [item for item in job.formats if item not in FORMATS]
+    if unknown or not job.formats or len(set(job.formats)) != len(job.formats):
+        raise ConfigError(f"formats is {job.formats}, expected one or both of {', '.join(FORMATS)}")
+    if not callable(job.evaluate):
+        raise ConfigError("evaluate is not a function", hint='evaluate(predict, test) -> {"accuracy": 0.97}')
+    folder = job.output.absolute().parent
+    if job.output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"{job.output} cannot be written", hint="output names a file in a folder that can be written")
+    _check_tools(job)
+    check_targets(job.targets, job.formats)
+    _check_labels(job.interface)
+    for position, key in enumerate(job.signing_keys):
+        _check_key(key, position)
+    check_data(job.data, job.interface)
+    for item in job.recipe.passes:
+        item.requires(job.context)
+    golden_rows(job.data, job.interface, rows=1, seed=0)
+
+
+def _check_tools(job: Job) -> None:
+    for model_format in job.formats:
+        for package in (*TOOLS[model_format], *(QUANTIZERS[model_format] if job.recipe.quantizations else ())):
+            if importlib.util.find_spec(package) is None:
+                raise MissingExtra(package, extra="export", purpose=f"exporting to {model_format}")
+
+
+def _check_labels(interface: Interface) -> None:
+    spec = interface.outputs[0]
+    if not interface.labels or len(interface.outputs) != 1 or len(spec.shape) != 2 or not spec.batched:
+        return
+    if spec.shape[1] not in (1, len(interface.labels)):
+        raise ConfigError(f"there are {len(interface.labels)} labels, output {spec.name!r} has {spec.shape[1]} classes")
+
+
+def _check_key(key: Any, position: int) -> None:
+    from outrider.bundle import public_bytes
+
+    try:
+        public_bytes(key)
+    except Exception:
+        raise ConfigError(
+            f"signing_keys[{position}] is a {type(key).__name__}, not an Ed25519 private key",
+            hint="outrider.bundle.load_private_key(path)",
+        ) from None
+
+
+def check_targets(targets: Sequence[str], formats: Sequence[str]) -> None:
+    """Raises ConfigError for a board that nothing is known of, or one whose engines run none of the formats."""
+    for name in targets:
+        target = target_named(name)
+        runs = {model_format for engine in target.engines for model_format in engine_named(engine).formats}
+        if not runs.intersection(formats):
+            raise ConfigError(
+                f"target {name!r} runs {', '.join(sorted(runs))}, formats is {tuple(formats)}",
+                hint=f"formats=({sorted(runs)[0]!r},)",
+            )

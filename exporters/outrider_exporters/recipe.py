@@ -1,0 +1,199 @@
+"""A recipe: passes as a frozen value in Python, and a TOML file that names them with the model and the gates."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from outrider_exporters.gates import GATES, Gate, gate_to_dict
+from outrider_exporters.passes import TRANSFORMS, Distill, Pass, Prune, Quantize
+from outrider_exporters.values import WORDS, is_a
+from outrider_runtimes.errors import ConfigError
+
+Transform = Prune | Distill | Quantize
+
+
+@dataclass(frozen=True, init=False)
+class Recipe:
+    """Transforms in the order in which they run. Those that change the network stand before the quantization.
+
+    >>> Recipe([Prune(ratio=0.5), Quantize("int8")]).kinds
+    ('prune', 'quantize')
+    """
+
+    passes: tuple[Transform, ...]
+
+    def __init__(self, passes: Sequence[Transform] = ()) -> None:
+        object.__setattr__(self, "passes", tuple(passes))
+        quantized = False
+        for position, item in enumerate(self.passes):
+            if not isinstance(item, tuple(TRANSFORMS.values())):
+                known = ", ".join(t.__name__ for t in TRANSFORMS.values())
+                raise ConfigError(f"passes[{position}] is a {type(item).__name__}", hint=f"one of {known}")
+            if quantized and not isinstance(item, Quantize):
+                raise ConfigError(
+                    f"passes[{position}]: {item.kind} comes after quantize, which is a stage of the conversion",
+                    hint="put quantize last",
+                )
+            quantized = isinstance(item, Quantize)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of the transforms, in order."""
+        return tuple(item.kind for item in self.passes)
+
+    @property
+    def network_passes(self) -> tuple[Pass, ...]:
+        """Those that change the network."""
+        return tuple(item for item in self.passes if not isinstance(item, Quantize))
+
+    @property
+    def quantizations(self) -> tuple[Quantize, ...]:
+        """One rule a scheme; of two rules for one scheme the later wins."""
+        rules = {item.scheme: item for item in self.passes if isinstance(item, Quantize)}
+        return tuple(rules.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"passes": [{"type": "prune", "ratio": 0.5, ...}, ...]}``."""
+        return {"passes": [{"type": item.kind, **dataclasses.asdict(item)} for item in self.passes]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """The inverse of ``to_dict``. Raises ConfigError naming the key's path, such as ``passes[1].temprature``."""
+        _check_keys(data, {"passes"}, "")
+        return cls([build(TRANSFORMS, item, f"passes[{i}]") for i, item in enumerate(_tables(data, "passes"))])
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Recipe:
+        """The passes of a recipe file, which is checked as a whole. Raises ConfigError."""
+        return RecipeFile.from_toml(path).recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeFile:
+    """A recipe file: which model, through which passes, under which gates.
+
+    Attributes:
+        path: of the file; empty where there is none.
+        source: ``module:function``; the function gives ``export``'s ``model``, ``example``, ``outputs``, ``data`` and
+            ``evaluate``, and ``fit`` and ``teacher`` where a pass needs them. Empty where the file has no ``[model]``.
+        name: the bundle's, or None for the output file's.
+        version, formats, targets, labels, seed: as ``export`` takes them.
+    """
+
+    path: str = ""
+    source: str = ""
+    name: str | None = None
+    version: int = 1
+    formats: tuple[str, ...] = ("onnx", "tflite")
+    targets: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    seed: int = 0
+    recipe: Recipe = Recipe()
+    gates: tuple[Gate, ...] = ()
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> RecipeFile:
+        """Read a file. Raises ConfigError naming the file and the key's path."""
+        import tomllib
+
+        file = Path(path)
+        try:
+            data = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file} is not TOML: {error}") from None
+        try:
+            return dataclasses.replace(cls.from_dict(data), path=str(file))
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}", hint=error.hint) from None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RecipeFile:
+        """The inverse of ``to_dict``. Raises ConfigError naming the key's path."""
+        known = {"model", "name", "version", "formats", "targets", "labels", "seed", "passes", "gates"}
+        _check_keys(data, known, "")
+        model = data.get("model", {})
+        if not isinstance(model, Mapping):
+            raise ConfigError("model: expected a table", hint='[model] source = "module:function"')
+        _check_keys(model, {"source"}, "model")
+        values: dict[str, Any] = {key: _value("int", data[key], key) for key in ("version", "seed") if key in data}
+        values |= {key: _texts(data[key], key) for key in ("formats", "targets", "labels") if key in data}
+        if "name" in data:
+            values["name"] = _value("str", data["name"], "name")
+        return cls(
+            source=_value("str", model.get("source", ""), "model.source"),
+            recipe=Recipe.from_dict({"passes": data.get("passes", [])}),
+            gates=tuple(build(GATES, item, f"gates[{i}]") for i, item in enumerate(_tables(data, "gates"))),
+            **values,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the file says it; what is empty is left out."""
+        out: dict[str, Any] = {"model": {"source": self.source}} if self.source else {}
+        if self.name is not None:
+            out["name"] = self.name
+        out |= {"version": self.version, "seed": self.seed}
+        out |= {key: list(getattr(self, key)) for key in ("formats", "targets", "labels") if getattr(self, key)}
+        return {**out, **self.recipe.to_dict(), "gates": [gate_to_dict(gate) for gate in self.gates]}
+
+
+def build(kinds: Mapping[str, type[Any]], table: Any, path: str) -> Any:
+    """A frozen dataclass from a table with its ``type`` and fields.
+
+    Raises:
+        ConfigError: an unknown or missing key, or a value of the wrong type or out of its range; names its path.
+    """
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{path}: expected a table, not {table!r}")
+    kind = table.get("type")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ConfigError(
+            f"{path}.type: {'missing' if kind is None else f'unknown: {kind!r}'}", hint=_near(kind, kinds)
+        )
+    cls = kinds[kind]
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    _check_keys(table, {"type", *fields}, path)
+    values = {key: _value(str(fields[key].type), table[key], f"{path}.{key}") for key in table if key != "type"}
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            raise ConfigError(f"{path}.{name}: missing", hint=f"{kind} needs it")
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}", hint=error.hint) from None
+
+
+def _check_keys(table: Mapping[str, Any], known: set[str], path: str) -> None:
+    for key in table:
+        if key not in known:
+            raise ConfigError(f"{path + '.' if path else ''}{key}: unknown key", hint=_near(key, known))
+
+
+def _near(wrong: object, known: Mapping[str, Any] | set[str]) -> str:
+    close = difflib.get_close_matches(str(wrong), known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"one of {', '.join(sorted(known))}"
+
+
+def _value(type_name: str, value: Any, path: str) -> Any:
+    if not is_a(type_name, value):
+        raise ConfigError(f"{path}: expected {WORDS[type_name]}, not {value!r}")
+    return float(value) if type_name == "float" else value
+
+
+def _texts(value: Any, path: str) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ConfigError(f"{path}: expected a list of strings, not {value!r}")
+    return tuple(_value("str", item, f"{path}[{i}]") for i, item in enumerate(value))
+
+
+def _tables(data: Mapping[str, Any], key: str) -> list[Any]:
+    value = data.get(key, [])
+    if not isinstance(value, list):
+        raise ConfigError(f"{key}: expected a list of tables", hint=f"[[{key}]]")
+    return value

@@ -1,0 +1,276 @@
+"""A trained network as a source: what it takes and gives, and its answers as the reference."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from outrider_exporters.rows import Predict, count_rows, default_axes, tile_rows
+from outrider_runtimes.errors import ExportError, FormatError
+from outrider_runtimes.tensors import BATCH_AXIS, DTYPES, Array, Interface, Tensors, TensorSpec, check_inputs
+
+PROBE_ROWS = (2, 3)  # torch.export treats a size of 1 as a constant, so no probe has one row
+CHUNK_ROWS = 256  # bounds the memory of the reference's activations
+
+
+class PositionalModule(nn.Module):
+    """A copy of a network in evaluation mode, with the interface's tensors in order: what the converters see.
+
+    ``forward`` takes one tensor an input and gives a tuple with one tensor an output. The original is not touched.
+    """
+
+    def __init__(self, module: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        super().__init__()
+        self.module = evaluation_copy(module)
+        self._inputs = tuple(inputs)
+        self._outputs = tuple(outputs)
+        self._by_keyword = _takes_keywords(module, self._inputs)
+        self.eval()
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """One tensor an input, in order; one tensor an output, in order."""
+        if self._by_keyword:
+            result = self.module(**dict(zip(self._inputs, tensors, strict=True)))
+        else:
+            result = self.module(*tensors)
+        return _ordered(result, self._outputs)
+
+
+def evaluation_copy(module: nn.Module) -> nn.Module:
+    """A deep copy on the CPU in evaluation mode, its weights checked.
+
+    Raises:
+        ExportError: a weight or buffer is not finite, not float32 or has no shape, or the network cannot be copied.
+    """
+    if not isinstance(module, nn.Module):
+        raise ExportError(
+            f"the model is a {type(module).__name__}, not a torch.nn.Module",
+            hint="an existing .onnx or .tflite file goes through outrider_exporters.package",
+        )
+    _check_weights(module)
+    try:
+        return copy.deepcopy(module).cpu().eval().requires_grad_(False)
+    except Exception as error:
+        raise ExportError(
+            f"{type(module).__name__} cannot be copied: {error}",
+            hint="keep tensors that need gradients out of the module's attributes, or detach() them",
+        ) from error
+
+
+def interface_from_module(
+    module: nn.Module,
+    example: Mapping[str, Array],
+    outputs: Sequence[str],
+    *,
+    axes: Mapping[str, str] | None = None,
+    labels: Sequence[str] = (),
+    ranges: Mapping[str, tuple[float, float]] | None = None,
+    meanings: Mapping[str, str] | None = None,
+) -> Interface:
+    """The interface of a network, found by running it on an example.
+
+    The first axis of an input is the batch, N, unless ``axes`` says otherwise (``""`` for an input without one). Which
+    outputs have a batch is found by running two batch sizes. Axes that are not named are taken as NCHW (4 axes,
+    float), NC (2 axes, float), NT (2 axes, integers), else as letters without a meaning.
+
+    Args:
+        module: its ``forward`` gets the inputs by name where its parameters are called so, else in the example's order.
+        example: arrays by input name, at least one row.
+        outputs: names for what it returns: in order for a tensor or a tuple, the keys to take for a dict.
+        axes, ranges, meanings: by tensor name, inputs and outputs; see TensorSpec.
+        labels: what the classes are called.
+
+    Raises:
+        ExportError: the network cannot run on the example, or not with another N, or a weight is not finite.
+    """
+    axes, ranges, meanings = axes or {}, ranges or {}, meanings or {}
+    _check_names(example, outputs, axes, ranges, meanings)
+    given_axes = {name: axes.get(name, _axes_of(np.asarray(array))) for name, array in example.items()}
+    _check_example(example, given_axes)
+    runner = PositionalModule(module, tuple(example), outputs)
+    small, large = (_run(runner, list(tile_rows(example, given_axes, rows).values()), outputs) for rows in PROBE_ROWS)
+
+    def spec(name: str, array: Array, letters: str) -> TensorSpec:
+        shape = (None, *array.shape[1:]) if letters.startswith(BATCH_AXIS) else array.shape
+        bounds = ranges.get(name)
+        return TensorSpec(
+            name=name,
+            dtype=_dtype_name(name, array),
+            shape=shape,
+            axes=letters,
+            range=None if bounds is None else (float(bounds[0]), float(bounds[1])),
+            meaning=meanings.get(name, ""),
+        )
+
+    try:
+        return Interface(
+            inputs=tuple(spec(name, np.asarray(array), given_axes[name]) for name, array in example.items()),
+            outputs=tuple(
+                spec(name, first, axes.get(name, _output_axes(name, first, second)))
+                for name, first, second in zip(outputs, small, large, strict=True)
+            ),
+            labels=tuple(labels),
+        )
+    except FormatError as error:
+        raise ExportError(str(error), hint=error.hint) from error
+
+
+def torch_predict(module: nn.Module, interface: Interface) -> Predict:
+    """The network as it is now, behind its interface: the reference. Later training does not change it.
+
+    Raises:
+        ExportError: a weight is not finite. The function itself raises InputError for wrong inputs.
+    """
+    names = [spec.name for spec in interface.outputs]
+    runner = PositionalModule(module, [spec.name for spec in interface.inputs], names)
+    batched = [spec.batched for spec in interface.inputs]
+    chunked = any(batched) and all(spec.batched for spec in interface.outputs)
+
+    def predict(inputs: Tensors) -> dict[str, Array]:
+        arrays = check_inputs(interface, inputs)
+        rows = count_rows(inputs, interface)
+        step = CHUNK_ROWS if chunked else max(rows, 1)
+        parts = []
+        for at in range(0, max(rows, 1), step):
+            chunk = [a[at : at + step] if has_rows else a for a, has_rows in zip(arrays, batched, strict=True)]
+            parts.append(_run(runner, chunk, names))
+        if len(parts) == 1:
+            return dict(zip(names, parts[0], strict=True))
+        return {name: np.concatenate([part[i] for part in parts]) for i, name in enumerate(names)}
+
+    return predict
+
+
+def as_tensors(arrays: Sequence[Array]) -> tuple[torch.Tensor, ...]:
+    """Copies, so that no converter or network can write into the caller's arrays."""
+    return tuple(torch.from_numpy(np.array(array, order="C", copy=True)) for array in arrays)
+
+
+def _run(runner: PositionalModule, arrays: Sequence[Array], names: Sequence[str]) -> list[Array]:
+    try:
+        with torch.inference_mode():
+            results = runner(*as_tensors(arrays))
+            return [_to_numpy(name, result) for name, result in zip(names, results, strict=True)]
+    except ExportError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(f"{array.dtype} {list(array.shape)}" for array in arrays)
+        raise ExportError(
+            f"{type(runner.module).__name__} failed on inputs of {shapes}: {_first_line(error)}",
+            hint="it must take any batch size: use x.shape[0] in forward, not a number; dtypes must be the weights'",
+        ) from error
+
+
+def _to_numpy(name: str, value: object) -> Array:
+    if not isinstance(value, torch.Tensor):
+        raise ExportError(f"output {name!r} is a {type(value).__name__}, not a tensor")
+    if value.dtype == torch.bfloat16:
+        raise ExportError(f"output {name!r} is bfloat16, which no engine here takes", hint="model.float()")
+    array: Array = value.detach().cpu().numpy()
+    return np.array(array, order="C", copy=True)
+
+
+def _ordered(result: Any, names: Sequence[str]) -> tuple[torch.Tensor, ...]:
+    """What a network returned, in the order of the names."""
+    if isinstance(result, Mapping):
+        missing = [name for name in names if name not in result]
+        if missing:
+            raise ExportError(f"the network returns {sorted(map(str, result))}, not {missing[0]!r}")
+        return tuple(result[name] for name in names)
+    flat = _flat(result)
+    if len(flat) != len(names):
+        raise ExportError(
+            f"the network returns {len(flat)} tensors, {len(names)} outputs are named: {list(names)}",
+            hint="outputs= needs one name for each tensor that forward returns",
+        )
+    return flat
+
+
+def _flat(result: Any) -> tuple[torch.Tensor, ...]:
+    if isinstance(result, (tuple, list)):
+        return tuple(tensor for item in result for tensor in _flat(item))
+    return (result,)
+
+
+def _takes_keywords(module: nn.Module, names: Sequence[str]) -> bool:
+    parameters = inspect.signature(module.forward).parameters.values()
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return set(names) <= named
+
+
+def _output_axes(name: str, small: Array, large: Array) -> str:
+    if small.shape == large.shape:
+        return ""
+    if small.shape[:1] + large.shape[:1] == PROBE_ROWS and small.shape[1:] == large.shape[1:]:
+        return _axes_of(small)
+    raise ExportError(
+        f"output {name!r} has shape {list(small.shape)} for N = {PROBE_ROWS[0]} and {list(large.shape)} for "
+        f"N = {PROBE_ROWS[1]}; only the first axis may follow N"
+    )
+
+
+def _check_weights(module: nn.Module) -> None:
+    for kind, tensors in (("parameter", module.named_parameters()), ("buffer", module.named_buffers())):
+        for name, tensor in tensors:
+            if is_lazy(tensor):
+                raise ExportError(f"{kind} {name!r} has no shape yet", hint="run the network once before the export")
+            if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                raise ExportError(f"{kind} {name!r} is {tensor.dtype}, expected torch.float32", hint="model.float()")
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                if kind == "buffer" and not bool(torch.isnan(tensor).any()):
+                    continue  # attention masks are buffers of minus infinity
+                raise ExportError(
+                    f"{kind} {name!r} has NaN or infinite values",
+                    hint="the training diverged: go back to a checkpoint from before it",
+                )
+
+
+def _check_names(example: Tensors, outputs: Sequence[str], *options: Mapping[str, Any]) -> None:
+    if isinstance(outputs, str) or not outputs:
+        raise ExportError(f"outputs is {outputs!r}, expected a list of names", hint='outputs=["logits"]')
+    if not example:
+        raise ExportError("the example is empty", hint='example={"image": x} with one array an input')
+    known = {*example, *outputs}
+    for option in options:
+        for name in option:
+            if name not in known:
+                raise ExportError(f"there is no tensor {name!r}", hint=f"the tensors are {sorted(known)}")
+
+
+def _check_example(example: Tensors, axes: Mapping[str, str]) -> None:
+    rows: dict[int, str] = {}
+    for name, array in example.items():
+        if not isinstance(array, np.ndarray):
+            raise ExportError(f"example {name!r} is a {type(array).__name__}, not a numpy array")
+        _dtype_name(name, array)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ExportError(f"example {name!r} has NaN or infinite values")
+        if len(axes[name]) not in (0, array.ndim):
+            raise ExportError(f"axes {axes[name]!r} of {name!r} do not name its {array.ndim} dimensions")
+        if axes[name].startswith(BATCH_AXIS):
+            rows[array.shape[0]] = name
+    if 0 in rows:
+        raise ExportError(f"example {rows[0]!r} has no rows")
+    if len(rows) > 1:
+        raise ExportError(f"the example's inputs have different numbers of rows: {sorted(rows)}")
+
+
+def _axes_of(array: Array) -> str:
+    return default_axes(array.ndim, array.dtype.name)
+
+
+def _dtype_name(name: str, array: Array) -> str:
+    if array.dtype.name not in DTYPES:
+        raise ExportError(f"tensor {name!r} has dtype {array.dtype}", hint=f"one of {', '.join(sorted(DTYPES))}")
+    return array.dtype.name
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

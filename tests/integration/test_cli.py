@@ -1,0 +1,195 @@
+"""The commands as a user runs them: in a process of their own, by exit code, standard output and standard error."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from support.realbundles import expected, images, make_real_bundle
+
+BUNDLE_COMMANDS = ("inspect", "verify", "keygen", "sign")
+COMMANDS = (*BUNDLE_COMMANDS, "install", "rollback", "infer", "serve", "demo", "export", "package")
+
+
+class Cli:
+    """Runs `outrider` with a state directory of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state = folder / "state"
+
+    def run(self, *args: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "outrider.cli", *map(str, args)],
+            capture_output=True,
+            text=True,
+            cwd=self.folder,
+            env={**os.environ, "STATE_DIRECTORY": str(self.state), **(env or {})},
+            timeout=120,
+        )
+
+    def done(self, *args: str | Path, env: dict[str, str] | None = None) -> dict[str, Any]:
+        """Run with --json; it must succeed, and print one object."""
+        result = self.run(*args, "--json", env=env)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    def refused(self, *args: str | Path, env: dict[str, str] | None = None) -> str:
+        """It must end with 1, an error and a hint, and no traceback; gives standard error."""
+        result = self.run(*args, env=env)
+        assert result.returncode == 1, (result.stdout, result.stderr)
+        assert any(line.startswith("error: ") for line in result.stderr.splitlines())
+        assert "Traceback" not in result.stderr
+        assert result.stdout == ""
+        return result.stderr
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    return Cli(tmp_path)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.outrider"
+    make_real_bundle(path, formats=("onnx", "tflite"))
+    return path
+
+
+def save_images(cli: Cli, count: int = 5) -> Path:
+    path = cli.folder / "in.npz"
+    np.savez(path, image=images(count))
+    return path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(cli: Cli, command: str) -> None:
+    result = cli.run(command, "--help")
+    assert result.returncode == 0
+    assert f"example:\n  outrider {command}" in result.stdout
+
+
+def test_no_command_is_wrong_usage(cli: Cli) -> None:
+    assert cli.run().returncode == 2
+    assert cli.run("inspect").returncode == 2
+    assert cli.run("nothing").returncode == 2
+
+
+def test_help_lists_every_command(cli: Cli) -> None:
+    out = cli.run("--help").stdout
+    assert all(command in out for command in COMMANDS)
+
+
+def test_inspect_tells_what_the_bundle_says(cli: Cli, bundle: Path) -> None:
+    told = cli.done("inspect", bundle)
+    assert told["name"] == "tiny"
+    assert [variant["name"] for variant in told["variants"]] == ["onnx-float32", "tflite-float32"]
+    assert told["interface"]["inputs"][0]["name"] == "image"
+    text = cli.run("inspect", bundle).stdout
+    assert "image: float32 [N, 1, 8, 8]" in text
+    assert told["digest"] in text
+
+
+def test_a_flipped_bit_is_refused(cli: Cli, bundle: Path) -> None:
+    data = bytearray(bundle.read_bytes())
+    data[200] ^= 1
+    bundle.write_bytes(data)
+    assert "hint: " in cli.refused("inspect", bundle)
+    assert "hint: " in cli.refused("install", bundle)
+    assert not list(cli.state.glob("names/*"))
+
+
+def test_a_failure_with_json_is_an_object_too(cli: Cli, tmp_path: Path) -> None:
+    result = cli.run("inspect", tmp_path / "absent.outrider", "--json")
+    assert result.returncode == 1
+    assert json.loads(result.stdout)["error"]["message"]
+
+
+def test_debug_shows_the_traceback(cli: Cli, tmp_path: Path) -> None:
+    result = cli.run("inspect", tmp_path / "absent.outrider", "--debug")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+def test_keys_signatures_and_trust(cli: Cli, bundle: Path) -> None:
+    made = cli.done("keygen", "release", "--folder", "keys")
+    assert "exists" in cli.refused("keygen", "release", "--folder", "keys")
+    assert "not signed" in cli.refused("verify", bundle, "--trust", made["public"])
+    signed = cli.done("sign", bundle, "--key", made["private"])
+    assert signed["signatures"] == [made["key_id"]]
+    assert cli.done("verify", bundle, "--trust", made["public"])["verified"] is True
+    assert cli.done("verify", bundle)["verified"] is False
+    other = cli.done("keygen", "other", "--folder", "keys")
+    assert other["key_id"] in cli.refused("verify", bundle, env={"OUTRIDER_TRUST": other["public"]})
+
+
+def test_install_infer_and_rollback(cli: Cli, bundle: Path) -> None:
+    first = cli.done("install", bundle)
+    assert first["choice"]["variant"] in {"onnx-float32", "tflite-float32"}
+    second = cli.folder / "second.outrider"
+    make_real_bundle(second, version=2, seed=1)
+    assert cli.done("install", second)["version"] == 2
+    source = save_images(cli)
+    cli.done("infer", "tiny", "--input", source, "--output", "second.npz")
+    assert cli.done("rollback", "tiny")["digest"] == first["digest"]
+    cli.done("infer", "tiny", "--input", source, "--output", "first.npz")
+    for name, seed in (("first.npz", 0), ("second.npz", 1)):
+        with np.load(cli.folder / name) as out:
+            np.testing.assert_allclose(out["logits"], expected(images(5), seed), atol=1e-4)
+
+
+def test_install_shows_what_it_chose(cli: Cli, bundle: Path) -> None:
+    text = cli.run("install", bundle).stdout
+    assert "serves" in text
+    assert "tflite-float32" in text
+
+
+def test_infer_with_a_named_variant(cli: Cli, bundle: Path) -> None:
+    source = save_images(cli)
+    for variant in ("onnx-float32", "tflite-float32"):
+        told = cli.done("infer", bundle, "--input", source, "--output", "out.npz", "--variant", variant)
+        assert told["variant"] == variant
+    assert "onnx-float32" in cli.refused(
+        "infer", bundle, "--input", source, "--output", "out.npz", "--variant", "onnx-int4"
+    )
+
+
+def test_bad_inputs_name_the_tensor(cli: Cli, bundle: Path) -> None:
+    for wrong, said in (
+        ({"picture": images(1)}, "picture"),
+        ({"image": images(1)[:, :, :4]}, "shape"),
+        ({"image": images(1).astype(np.float64)}, "float64"),
+        ({"image": np.full((1, 1, 8, 8), np.nan, np.float32)}, "NaN"),
+    ):
+        np.savez(cli.folder / "in.npz", **wrong)
+        assert said in cli.refused("infer", bundle, "--input", "in.npz", "--output", "out.npz")
+        assert not (cli.folder / "out.npz").exists()
+
+
+def test_an_input_file_is_never_unpickled(cli: Cli, bundle: Path) -> None:
+    np.savez(cli.folder / "in.npz", image=np.array([{"a": 1}], dtype=object))
+    assert "plain arrays" in cli.refused("infer", bundle, "--input", "in.npz", "--output", "out.npz")
+
+
+def test_an_endpoint_that_is_not_there(cli: Cli) -> None:
+    source = save_images(cli)
+    said = cli.refused("infer", "http://127.0.0.1:9/tiny", "--input", source, "--output", "out.npz")
+    assert "127.0.0.1:9" in said
+
+
+def test_a_name_that_is_not_installed(cli: Cli) -> None:
+    source = save_images(cli)
+    assert "nothing-here" in cli.refused("infer", "nothing-here", "--input", source, "--output", "out.npz")
+    assert "nothing-here" in cli.refused("rollback", "nothing-here")
+
+
+def test_a_state_directory_that_cannot_be_written(cli: Cli, bundle: Path) -> None:
+    cli.state.write_text("a file where the folder should be")
+    assert str(cli.state) in cli.refused("install", bundle)
