@@ -31,6 +31,10 @@ check: $(DEV) ## the loop, under 90 seconds: linters, types, contracts, fast tes
 bench: $(DEV) ## measure beside the peers and rewrite the README's figures
 	$(PY) -m benchmarks
 
+.PHONY: picture
+picture: demo ## the README's picture, from a demo of this machine
+	cp demo-output/requests.png docs/images/requests.png
+
 .PHONY: clean
 clean: ## remove what make made
 	rm -rf .venv demo-output dist

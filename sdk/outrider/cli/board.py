@@ -1,0 +1,69 @@
+"""``install`` and ``rollback``: what changes a board's store."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outrider.cli.text import aligned
+
+if TYPE_CHECKING:
+    from outrider.cli import Commands
+
+
+def register(commands: Commands) -> None:
+    """Add the commands."""
+    install = commands.add(
+        "install",
+        run=_install,
+        render=_render_install,
+        summary="Verify a bundle, try it in a child process, measure it on this board and make it the current one.",
+        example="outrider install digits.outrider --trust keys/release.pub",
+    )
+    install.add_argument("bundle", type=Path, metavar="BUNDLE")
+    install.add_argument("--trust", type=Path, help="a .pub file or a folder of them (default: OUTRIDER_TRUST)")
+    install.add_argument("--state", type=Path, help="the state directory (default: the user's)")
+
+    rollback = commands.add(
+        "rollback",
+        run=_rollback,
+        render=lambda result: f"{result['name']}: back to version {result['version']} ({result['digest']})",
+        summary="Go back to the bundle that was current before.",
+        example="outrider rollback digits",
+    )
+    rollback.add_argument("name", metavar="NAME")
+    rollback.add_argument("--state", type=Path, help="the state directory (default: the user's)")
+
+
+def _install(args: argparse.Namespace) -> dict[str, Any]:
+    import outrider
+
+    return outrider.install(args.bundle, trust=args.trust, state=args.state).to_dict()
+
+
+def _rollback(args: argparse.Namespace) -> dict[str, Any]:
+    import outrider
+
+    return outrider.rollback(args.name, state=args.state).to_dict()
+
+
+def _render_install(result: dict[str, Any]) -> str:
+    choice = result["choice"]
+    measured = [
+        [f"  {row['variant']}", row["engine"], f"{row['threads']} threads", f"{row['p50_ms'] * 1000:.0f} us"]
+        for row in result["measured"]
+    ]
+    rows = [
+        ["installed", f"{result['name']} version {result['version']}"],
+        ["digest", result["digest"]],
+        ["verified", "yes" if result["verified"] else "no key is trusted here"],
+        ["serves", f"{choice['variant']} on {choice['engine']}, {choice['threads']} threads: the fastest here"],
+    ]
+    skipped = [
+        ["  " + " on ".join(filter(None, (row["variant"], row["engine"]))), row["reason"]] for row in result["skipped"]
+    ]
+    parts = [aligned(rows), "measured, median", aligned(measured)]
+    if skipped:
+        parts += ["left out", aligned(skipped)]
+    return "\n".join(parts)

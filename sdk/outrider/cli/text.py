@@ -1,0 +1,32 @@
+"""How the commands print what people read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as columns, two spaces apart; no trailing blanks."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def bytes_text(size_bytes: int) -> str:
+    """``35,012`` -> ``35.0 kB``."""
+    if size_bytes < 1000:
+        return f"{size_bytes} B"
+    size = size_bytes / 1000
+    for unit in ("kB", "MB"):
+        if size < 1000:
+            return f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def tensor_text(spec: Mapping[str, Any]) -> str:
+    """``image: float32 [N, 1, 8, 8]``, from a tensor of an interface's JSON."""
+    letters = spec.get("axes") or "?" * len(spec["shape"])
+    sizes = [letter if size is None else str(size) for letter, size in zip(letters, spec["shape"], strict=True)]
+    return f"{spec['name']}: {spec['dtype']} [{', '.join(sizes)}]"
