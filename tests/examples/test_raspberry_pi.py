@@ -6,13 +6,13 @@ import json
 import signal
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tomllib
 
 from outrider.telemetry.sink import Sink
 from support.broker import Mosquitto, wait_until

@@ -1,4 +1,4 @@
-"""The README's Python blocks run as they stand, one after the other in one folder; its figures are the committed ones."""
+"""The README's Python blocks run as they stand, one after the other; its figures are the committed ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from benchmarks import readme
 
 ROOT = Path(__file__).parents[2]

@@ -321,6 +321,32 @@ def test_what_overflows_memory_is_lost_counted_and_a_gap_at_the_consumer(
         assert (count.received, count.gaps) == (101, 31)
 
 
+def test_under_a_flood_records_go_on_to_the_disk_and_all_are_counted(tmp_path: Path, source: Source) -> None:
+    stop = threading.Event()
+
+    def flood() -> None:
+        while not stop.is_set():
+            source.predict(50)
+
+    with open_reporter("mqtt://127.0.0.1:1", tmp_path, queue_size=50, commit_interval_ms=1.0) as reporter:
+        reporter.watch(source)
+        thread = threading.Thread(target=flood)
+        thread.start()
+        try:
+            for _ in range(5):
+                before = reporter.account().enqueued
+                wait_until(lambda before=before: reporter.account().enqueued > before + 50)
+                assert reporter.flush(30.0)
+            wait_until(lambda: reporter.account().lost > 0)
+        finally:
+            stop.set()
+            thread.join(timeout=30)
+        assert reporter.flush(30.0)
+        account = reporter.account()
+        assert account.offered == account.enqueued + account.lost
+        assert reporter.spool.last_seq == account.offered
+
+
 def test_what_the_byte_cap_drops_is_counted_at_both_ends(broker: Mosquitto, tmp_path: Path, source: Source) -> None:
     with open_reporter(
         broker.url,

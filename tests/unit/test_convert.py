@@ -23,6 +23,8 @@ from outrider_runtimes.errors import (
 from support.converted import CONVERTERS, Converted, convert
 from support.networks import Recurrent, Returns, RowByRow, SmallCnn, TokenClassifier, TwoSided, normal, seeded
 
+pytestmark = pytest.mark.slow
+
 FORMATS = sorted(CONVERTERS)
 MAX_FLOAT_PARITY = 1e-4
 

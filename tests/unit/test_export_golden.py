@@ -9,6 +9,8 @@ from outrider_runtimes.errors import ExportError, ShapeError
 from outrider_runtimes.golden import DecisionCheck
 from outrider_runtimes.tensors import Interface, TensorSpec
 
+pytestmark = pytest.mark.slow
+
 INTERFACE = Interface(
     inputs=(TensorSpec(name="Eingabe x", dtype="float32", shape=(None, 4), axes="NC"),),
     outputs=(

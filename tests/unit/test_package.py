@@ -19,6 +19,8 @@ from outrider_runtimes.engines.onnxruntime import OnnxRuntimeEngine
 from outrider_runtimes.errors import BundleError, ExportError, InputError, ModelLoadError
 from support import tinymodels
 
+pytestmark = pytest.mark.slow
+
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 WEIGHTS = tinymodels.weights()
 CONTENT = {"onnx": tinymodels.classifier_onnx(WEIGHTS), "tflite": tinymodels.classifier_tflite(WEIGHTS)}

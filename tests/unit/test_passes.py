@@ -23,6 +23,8 @@ from outrider_exporters.sources import PositionalModule, torch_predict
 from outrider_runtimes.errors import ConfigError, ExportError
 from support.exporters import Small, accuracy, fit, random_data, workshop
 
+pytestmark = pytest.mark.slow
+
 
 def no_fit(model, train):
     """Leaves the network as it is."""

@@ -21,6 +21,8 @@ from outrider_runtimes.errors import DtypeError, ExportError, InputError, NotFin
 from support.converted import CONVERTERS, Converted, convert
 from support.networks import Recurrent, TokenClassifier, TwoSided, digits, normal, seeded, trained_cnn
 
+pytestmark = pytest.mark.slow
+
 QUANTIZERS = {"onnx": quantize_onnx, "tflite": quantize_tflite}
 FORMATS = sorted(QUANTIZERS)
 TRAIN_ROWS, CALIBRATION_ROWS = 1200, 200

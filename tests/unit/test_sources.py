@@ -9,6 +9,8 @@ from outrider_exporters.sources import evaluation_copy, interface_from_module, t
 from outrider_runtimes.errors import ExportError, InputError
 from support.networks import Returns, SmallCnn, TokenClassifier, TwoSided, normal, seeded
 
+pytestmark = pytest.mark.slow
+
 
 def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}

@@ -326,10 +326,12 @@ class Reporter:
             waiters, self._waiters = self._waiters, []
         try:
             left = len(self._queue)
-            while left > 0 or self._drafts or self._receipts or self._lost_committed < self._lost:
+            due = left > 0 or self._drafts or self._receipts or self._lost_committed < self._lost
+            while due:
                 if not self._drafts:  # what failed to commit comes first: memory holds no more than the queue and it
                     left -= self._build(min(left, _COMMIT_RECORDS))
                 self._commit()
+                due = left > 0
         except TelemetryError as error:
             if str(error) != self.spool_error:
                 log.error("%s", error)
