@@ -99,6 +99,7 @@ def _timeline_section(result: dict[str, Any], outcome: Outcome, deadline_ms: flo
             axes.axvspan(span[0] - start, span[1] - start, color="#999", alpha=0.2, linewidth=0)
             axes.text((span[0] + span[1]) / 2 - start, deadline_ms * 1.1, label, ha="center")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_ylim(top=deadline_ms * 2)
     axes.set_xlabel("seconds since the first request")
     axes.set_ylabel("ms until the answer")

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outrider.cli.text import aligned
+from outrider.cli.options import add_state, add_trust
+from outrider.cli.text import aligned, threads_text
 
 if TYPE_CHECKING:
     from outrider.cli import Commands
@@ -22,8 +23,8 @@ def register(commands: Commands) -> None:
         example="outrider install digits.outrider --trust keys/release.pub",
     )
     install.add_argument("bundle", type=Path, metavar="BUNDLE")
-    install.add_argument("--trust", type=Path, help="a .pub file or a folder of them (default: OUTRIDER_TRUST)")
-    install.add_argument("--state", type=Path, help="the state directory (default: the user's)")
+    add_trust(install)
+    add_state(install)
 
     rollback = commands.add(
         "rollback",
@@ -33,7 +34,7 @@ def register(commands: Commands) -> None:
         example="outrider rollback digits",
     )
     rollback.add_argument("name", metavar="NAME")
-    rollback.add_argument("--state", type=Path, help="the state directory (default: the user's)")
+    add_state(rollback)
 
 
 def _install(args: argparse.Namespace) -> dict[str, Any]:
@@ -51,14 +52,14 @@ def _rollback(args: argparse.Namespace) -> dict[str, Any]:
 def _render_install(result: dict[str, Any]) -> str:
     choice = result["choice"]
     measured = [
-        [f"  {row['variant']}", row["engine"], f"{row['threads']} threads", f"{row['p50_ms'] * 1000:.0f} us"]
+        [f"  {row['variant']}", row["engine"], threads_text(row["threads"]), f"{row['p50_ms'] * 1000:.0f} us"]
         for row in result["measured"]
     ]
     rows = [
         ["installed", f"{result['name']} version {result['version']}"],
         ["digest", result["digest"]],
         ["verified", "yes" if result["verified"] else "no key is trusted here"],
-        ["serves", f"{choice['variant']} on {choice['engine']}, {choice['threads']} threads: the fastest here"],
+        ["serves", f"{choice['variant']} on {choice['engine']}, {threads_text(choice['threads'])}: the fastest here"],
     ]
     skipped = [
         ["  " + " on ".join(filter(None, (row["variant"], row["engine"]))), row["reason"]] for row in result["skipped"]

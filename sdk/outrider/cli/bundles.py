@@ -18,6 +18,7 @@ from outrider.bundle import (
     verify_bundle,
 )
 from outrider.bundle import key_id as id_of_key
+from outrider.cli.options import add_trust
 from outrider.cli.text import aligned, bytes_text, tensor_text
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def register(commands: Commands) -> None:
         example="outrider verify digits.outrider --trust keys/release.pub",
     )
     verify.add_argument("bundle", type=Path, metavar="BUNDLE")
-    verify.add_argument("--trust", type=Path, help="a .pub file or a folder of them (default: OUTRIDER_TRUST)")
+    add_trust(verify)
 
     keygen = commands.add(
         "keygen",
@@ -132,6 +133,7 @@ def _render_bundle(result: dict[str, Any]) -> str:
             variant["format"],
             variant["precision"],
             bytes_text(variant["size_bytes"]),
+            ", ".join(f"{name} {value:.4g}" for name, value in variant["measured"].get("metrics", {}).items()),
             "" if variant["present"] else "absent",
         ]
         for variant in result["variants"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from outrider.cli.options import add_state, add_trust
 from outrider.cli.text import aligned
 from outrider_runtimes.deadline import Deadline
 from outrider_runtimes.errors import InputError
@@ -37,8 +38,8 @@ def register(commands: Commands) -> None:
     parser.add_argument("--variant", help="not the one that was chosen at install")
     parser.add_argument("--engine", help="not the one that was chosen at install")
     parser.add_argument("--threads", type=int, help="not the number that was chosen at install")
-    parser.add_argument("--trust", type=Path, help="a .pub file or a folder of them (default: OUTRIDER_TRUST)")
-    parser.add_argument("--state", type=Path, help="the state directory (default: the user's)")
+    add_trust(parser)
+    add_state(parser)
 
 
 def _infer(args: argparse.Namespace) -> dict[str, Any]:

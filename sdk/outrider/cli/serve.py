@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outrider.cli.options import add_state, add_trust
+
 if TYPE_CHECKING:
     from outrider.cli import Commands
 
@@ -24,8 +26,8 @@ def register(commands: Commands) -> None:
     parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes any free port")
-    parser.add_argument("--trust", type=Path, help="a .pub file or a folder of them (default: OUTRIDER_TRUST)")
-    parser.add_argument("--state", type=Path, help="the state directory (default: the user's)")
+    add_trust(parser)
+    add_state(parser)
 
 
 def _serve(args: argparse.Namespace) -> dict[str, Any]:

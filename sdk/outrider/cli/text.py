@@ -25,6 +25,11 @@ def bytes_text(size_bytes: int) -> str:
     return f"{size:.1f} GB"
 
 
+def threads_text(threads: int) -> str:
+    """``1 thread``, ``2 threads``."""
+    return f"{threads} thread{'' if threads == 1 else 's'}"
+
+
 def tensor_text(spec: Mapping[str, Any]) -> str:
     """``image: float32 [N, 1, 8, 8]``, from a tensor of an interface's JSON."""
     letters = spec.get("axes") or "?" * len(spec["shape"])
