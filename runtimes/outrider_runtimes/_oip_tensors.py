@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from outrider_runtimes.errors import OutriderError
+from outrider_runtimes import strictjson
+from outrider_runtimes.strictjson import Refuse
 from outrider_runtimes.tensors import Array
 
 LENGTH_HEADER = "Inference-Header-Content-Length"
@@ -40,12 +40,6 @@ MAX_DEPTH = 64
 
 Bytes = bytes | bytearray
 Document = dict[str, Any]
-Refuse = Callable[[str], OutriderError]
-
-_NOT_STRUCTURE = bytes(b for b in range(256) if b not in b'"[]{}')
-_STEP = np.zeros(256, np.int8)
-_STEP[list(b"[{")] = 1
-_STEP[list(b"]}")] = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,18 +71,7 @@ class Declared:
 
 def decode_json(data: Bytes, refuse: Refuse, *, max_bytes: int = Limits.json_bytes) -> Document:
     """A JSON object, bounded in size and depth, with no NaN and no key twice. Raises what ``refuse`` makes."""
-    if len(data) > max_bytes:
-        raise refuse(f"the JSON part has {len(data)} bytes, at most {max_bytes} are taken")
-    if _depth(data) > MAX_DEPTH:
-        raise refuse(f"the JSON is nested deeper than {MAX_DEPTH}")
-    try:
-        text = data.decode("utf-8")
-        document = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_distinct)
-    except (ValueError, RecursionError) as error:
-        raise refuse(f"not valid JSON: {str(error)[:120]}") from None
-    if not isinstance(document, dict):
-        raise refuse("the JSON is not an object")
-    return document
+    return strictjson.parse(data, refuse, max_bytes=max_bytes, max_depth=MAX_DEPTH)
 
 
 def open_body(body: Bytes, json_bytes: int | None, rules: Rules) -> tuple[Document, int]:
@@ -211,24 +194,3 @@ def mapping(document: Document, key: str, refuse: Refuse) -> Document:
     if not isinstance(value, dict):
         raise refuse(f"{key!r} is not an object")
     return value
-
-
-def _depth(data: Bytes) -> int:
-    """How deep the brackets outside strings nest, in a few linear passes and little memory, whatever the bytes are."""
-    bare = data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NOT_STRUCTURE)
-    marks = np.frombuffer(bare, np.uint8)
-    if not marks.size:
-        return 0
-    outside = np.cumsum(marks == ord('"'), dtype=np.uint8) & 1 == 0
-    return int(np.cumsum(_STEP[marks[outside]], dtype=np.int32).max(initial=0))
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> Document:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        raise ValueError("an object has a key twice")
-    return document

@@ -236,7 +236,10 @@ def _caster(spec: TensorSpec, binding: TensorBinding) -> Convert:
 
     def cast(x: Array) -> Array:
         if x.size and (x.min() < limits.min or x.max() > limits.max):
-            raise InferenceError(f"input {spec.name!r} has values beyond {target}, which this variant's file takes")
+            raise InferenceError(
+                f"input {spec.name!r} has values beyond {target}, which this variant's file takes",
+                hint=f"values from {limits.min} to {limits.max}, or another variant",
+            )
         return x.astype(target)
 
     return cast

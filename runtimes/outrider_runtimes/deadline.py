@@ -10,6 +10,8 @@ from outrider_runtimes.errors import ConfigError, DeadlineExceeded
 
 Clock = Callable[[], float]
 
+LONGEST_MS = 1e12  # 31 years; locks and sockets refuse a timeout of more than some centuries
+
 
 class Deadline:
     """A point on a monotonic clock, in seconds.
@@ -26,11 +28,20 @@ class Deadline:
 
     @classmethod
     def after_ms(cls, milliseconds: float | None, *, clock: Clock = time.monotonic) -> Deadline:
-        """So many milliseconds from now; None is never. Raises ConfigError for what is not a positive number."""
+        """So many milliseconds from now; None is never, and so is infinity.
+
+        Raises:
+            ConfigError: not a number above 0, or one of more than 31 years.
+        """
         if milliseconds is None:
             return cls(math.inf, clock=clock)
-        if not milliseconds > 0:
-            raise ConfigError(f"deadline_ms is {milliseconds}, expected a number above 0 or None")
+        try:
+            usable = 0 < milliseconds <= LONGEST_MS or milliseconds == math.inf
+        except TypeError:
+            usable = False
+        if not usable:
+            given = f"{milliseconds!r:.40}"
+            raise ConfigError(f"deadline_ms is {given}, expected a number above 0 and up to {LONGEST_MS:g}, or None")
         return cls(clock() + milliseconds / 1000.0, clock=clock)
 
     def remaining_s(self) -> float:

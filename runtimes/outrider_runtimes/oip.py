@@ -26,7 +26,6 @@ from outrider_runtimes._oip_tensors import (
     Bytes,
     Document,
     Limits,
-    Refuse,
     Rules,
     decode_json,
     mapping,
@@ -34,6 +33,7 @@ from outrider_runtimes._oip_tensors import (
     read_tensors,
 )
 from outrider_runtimes.errors import FormatError, InputError, NotFiniteError, ReplyError
+from outrider_runtimes.strictjson import Refuse
 from outrider_runtimes.tensors import Array, Interface, Tensors, TensorSpec
 
 __all__ = [

@@ -28,13 +28,11 @@ from outrider_runtimes.errors import (
     RunnerClosed,
 )
 from outrider_runtimes.http import HttpClient, Origin
-from outrider_runtimes.runner import Answer, Timing
-from outrider_runtimes.tensors import Array, Interface, Tensors, check_inputs
+from outrider_runtimes.runner import Answer, Timing, moved_average
+from outrider_runtimes.tensors import Interface, Tensors, check_named
 
 MAX_METADATA_BYTES = 1 << 20
 MAX_MESSAGE = 300
-# The share of the newest round trip in the estimate: about the last ten count.
-EWMA_SHARE = 0.2
 # Decoding JSON holds the interpreter's lock and cannot be stopped; 20 ns a byte on a PC, taken as five times that.
 JSON_DECODE_S_PER_BYTE = 100e-9
 
@@ -150,7 +148,7 @@ class Remote:
         known = self._served
         checked = known is not None and not self._outdated
         if known is not None and checked:
-            inputs = _checked(known.interface, inputs)
+            inputs = check_named(known.interface, inputs)
         job = _Job(
             inputs=inputs,
             known=known,
@@ -202,7 +200,7 @@ class Remote:
         served = self._metadata(job.deadline)
         if job.known is not None and job.known.interface_digest != served.interface_digest:
             raise InterfaceMismatch(f"{self.url} now serves {self.model!r} with another interface than before")
-        inputs = job.inputs if job.checked else _checked(served.interface, job.inputs)
+        inputs = job.inputs if job.checked else check_named(served.interface, job.inputs)
         id = str(next(self._ids))
         message = oip.encode_request(inputs, id=id, timeout_us=_timeout_us(job.deadline), binary=served.binary)
         sent = time.perf_counter_ns()
@@ -303,10 +301,8 @@ class Remote:
     def _measured(self, milliseconds: float, *, at_least: bool = False) -> None:
         with self._estimating:
             known = self._estimate_ms
-            if known is None:
-                self._estimate_ms = milliseconds
-            elif not at_least or milliseconds > known:
-                self._estimate_ms = known + EWMA_SHARE * (milliseconds - known)
+            if known is None or not at_least or milliseconds > known:
+                self._estimate_ms = moved_average(known, milliseconds)
 
 
 class _Pool:
@@ -363,11 +359,6 @@ class _Pool:
                 self._changed.wait()
             self._idle -= 1
             return self._jobs.popleft() if self._jobs else None
-
-
-def _checked(interface: Interface, inputs: Tensors) -> dict[str, Array]:
-    arrays = check_inputs(interface, inputs)
-    return {spec.name: array for spec, array in zip(interface.inputs, arrays, strict=True)}
 
 
 def _rows(interface: Interface, inputs: Tensors) -> int | None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+import math
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from typing import Protocol
 
 from outrider_runtimes.deadline import Deadline
+from outrider_runtimes.errors import DeadlineExceeded, RunnerClosed
 from outrider_runtimes.tensors import Array, Interface, Tensors
+
+NEWEST_SHARE = 0.2  # of the newest duration in the average: five requests bring most of a change
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,3 +63,27 @@ class Runner(Protocol):
     def close(self) -> None:
         """Free what it holds. Waiting requests end with RunnerClosed."""
         ...
+
+
+def moved_average(average: float | None, newest: float) -> float:
+    """The moving average of durations that ``estimate_ms`` is made of, after one more."""
+    return newest if average is None else average + NEWEST_SHARE * (newest - average)
+
+
+def wait(future: Future[Answer], deadline: Deadline) -> Answer:
+    """What the future ends with, by the deadline; what comes later is dropped.
+
+    Raises:
+        DeadlineExceeded: it did not end in time.
+        RunnerClosed: it was cancelled.
+    """
+    left_s = deadline.remaining_s()
+    try:
+        return future.result(None if left_s == math.inf else left_s)
+    except DeadlineExceeded:
+        raise
+    except (FutureTimeout, TimeoutError):  # two classes before Python 3.11
+        future.cancel()
+        raise DeadlineExceeded("no answer in time") from None
+    except CancelledError:
+        raise RunnerClosed("the request was cancelled") from None

@@ -262,7 +262,7 @@ def _match(specs: tuple[TensorSpec, ...], bound: tuple[TensorBinding, ...]) -> N
             raise FormatError(f"binding of {spec.name!r}: {len(item.shape)} axes, the interface has {len(spec.shape)}")
 
 
-def check_inputs(interface: Interface, inputs: Tensors, *, finite: bool = True) -> list[Array]:
+def check_inputs(interface: Interface, inputs: Tensors) -> list[Array]:
     """The inputs in the interface's order: C-contiguous, native byte order, of the interface's dtype and shape.
 
     Only what loses nothing is converted (memory order, byte order); anything else is refused. All batched inputs
@@ -271,13 +271,18 @@ def check_inputs(interface: Interface, inputs: Tensors, *, finite: bool = True) 
     Raises:
         UnknownTensor, DtypeError, ShapeError, NotFiniteError: naming the tensor and what was expected.
     """
+    if type(inputs) is not dict and not isinstance(inputs, Mapping):
+        raise UnknownTensor(
+            f"the inputs are a {type(inputs).__name__}, not arrays by name",
+            hint=f"pass a mapping with {[spec.name for spec in interface.inputs]}",
+        )
     if len(inputs) != len(interface.inputs) or any(spec.name not in inputs for spec in interface.inputs):
         _raise_names(interface, inputs)
     arrays = []
     rows: int | None = None
     for spec in interface.inputs:
         array = _checked(spec, inputs[spec.name])
-        if finite and array.dtype.kind == "f" and not _all_finite(array):
+        if array.dtype.kind == "f" and not _all_finite(array):
             raise NotFiniteError(
                 f"input {spec.name!r} has NaN or infinite values",
                 tensor=spec.name,
@@ -291,6 +296,22 @@ def check_inputs(interface: Interface, inputs: Tensors, *, finite: bool = True) 
             rows = array.shape[0]
         arrays.append(array)
     return arrays
+
+
+def check_named(interface: Interface, inputs: Tensors) -> dict[str, Array]:
+    """As ``check_inputs``, by name in the interface's order."""
+    arrays = check_inputs(interface, inputs)
+    return {spec.name: array for spec, array in zip(interface.inputs, arrays, strict=True)}
+
+
+def by_name(interface: Interface, inputs: Tensors | Array) -> Tensors:
+    """Inputs by name, unchecked; where there is one input, its array alone will do. Raises UnknownTensor."""
+    if isinstance(inputs, Mapping):
+        return inputs
+    names = [spec.name for spec in interface.inputs]
+    if len(names) != 1:
+        raise UnknownTensor(f"there are {len(names)} inputs", hint=f"pass a mapping with {names}")
+    return {names[0]: inputs}
 
 
 def _raise_names(interface: Interface, inputs: Tensors) -> None:

@@ -11,10 +11,9 @@ from concurrent.futures import Future
 from outrider_runtimes.bound import BoundSession
 from outrider_runtimes.deadline import Clock, Deadline
 from outrider_runtimes.errors import ConfigError, DeadlineExceeded, QueueFull, RunnerClosed
-from outrider_runtimes.runner import Answer
+from outrider_runtimes.runner import Answer, moved_average
 from outrider_runtimes.tensors import Array, Interface, Tensors
 
-EWMA_WEIGHT = 0.2  # of the newest latency: five calls bring most of a change
 SICK_FACTOR = 10.0  # a late call is only late; one that takes ten times the usual is taken for stuck
 SICK_UNMEASURED_S = 1.0  # the same, before any call was measured
 CLOSE_TIMEOUT_S = 5.0  # a stuck call cannot be ended; close() leaves its thread behind, which is a daemon
@@ -171,8 +170,7 @@ class Worker:
         done_s = self._clock()
         taken_s = done_s - job.begun_s
         with self._lock:
-            old_s = self._ewma_s
-            self._ewma_s = taken_s if old_s is None else old_s + EWMA_WEIGHT * (taken_s - old_s)
+            self._ewma_s = moved_average(self._ewma_s, taken_s)
         timing = dataclasses.replace(
             answer.timing_ms, queue=(job.begun_s - job.queued_s) * 1e3, total=(done_s - job.submitted_s) * 1e3
         )

@@ -11,9 +11,8 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import CancelledError, Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
@@ -46,10 +45,9 @@ from outrider_runtimes.errors import (
     ReplyError,
     RunnerClosed,
     RunnerError,
-    UnknownTensor,
 )
-from outrider_runtimes.runner import Answer, Runner
-from outrider_runtimes.tensors import Array, Interface, Tensors, check_inputs
+from outrider_runtimes.runner import Answer, Runner, wait
+from outrider_runtimes.tensors import Array, Interface, Tensors, by_name, check_named
 
 __all__ = ["Hybrid"]
 
@@ -89,6 +87,8 @@ class Hybrid:
             InterfaceMismatch: the cloud answers at another interface.
             ConfigError: the policy judges an output that the interface does not have, or that holds no logits.
         """
+        if not isinstance(policy, Policy):
+            raise ConfigError(f"policy is {policy!r}, not a Policy", hint="outrider.Policy(deadline_ms=80.0)")
         self.interface: Interface = model.interface
         self.policy = policy
         self._judged = _judged_output(policy, self.interface)
@@ -124,7 +124,7 @@ class Hybrid:
         if self._closed:
             raise RunnerClosed("the hybrid was closed")
         deadline = Deadline.after_ms(self.policy.deadline_ms if deadline_ms is None else deadline_ms, clock=self._clock)
-        outcome = self._answer(_checked(self.interface, inputs), deadline)
+        outcome = self._answer(check_named(self.interface, by_name(self.interface, inputs)), deadline)
         prediction = self._prediction(outcome, begun_ns)
         self._watchers.tell(prediction)
         return prediction
@@ -159,7 +159,7 @@ class Hybrid:
         if decision.side == "cloud":
             return self._cloud_first(inputs, deadline, refresh_edge=decision.refresh_edge)
         try:
-            answer = _wait(self._submit(inputs, deadline), deadline)
+            answer = wait(self._submit(inputs, deadline), deadline)
         except DeadlineExceeded:
             raise DeadlineExceeded("the edge did not answer in time") from None
         except QueueFull as error:
@@ -206,7 +206,7 @@ class Hybrid:
         if isinstance(answer, Answer):
             return _Outcome(answer, "cloud", "cloud", "queue")
         try:
-            late = _wait(self._submit(inputs, deadline) if edge is None else edge, deadline)
+            late = wait(self._submit(inputs, deadline) if edge is None else edge, deadline)
         except DeadlineExceeded:
             raise DeadlineExceeded(f"neither side answered in time ({answer.reason})") from answer.error
         return _Outcome(late, "edge", "edge_degraded", answer.reason)
@@ -299,7 +299,7 @@ class _Cloud:
         trouble: Exception | None = None
         try:
             self._compare(deadline)
-            answer = _wait(self.runner.submit(inputs, deadline), deadline)
+            answer = wait(self.runner.submit(inputs, deadline), deadline)
             worked = True
             return answer
         except InterfaceMismatch as error:
@@ -361,20 +361,6 @@ class _Cloud:
             log.error("the cloud is not asked: %s", error)
 
 
-def _wait(future: Future[Answer], deadline: Deadline) -> Answer:
-    """What the future ends with, by the deadline. What comes later is dropped."""
-    left_s = deadline.remaining_s()
-    try:
-        return future.result(None if left_s == math.inf else left_s)
-    except DeadlineExceeded:
-        raise
-    except (FutureTimeout, TimeoutError):  # two classes before Python 3.11
-        future.cancel()
-        raise DeadlineExceeded("no answer in time") from None
-    except CancelledError:
-        raise RunnerClosed("the request was cancelled") from None
-
-
 def _miss_reason(error: Exception) -> str:
     if isinstance(error, DeadlineExceeded):
         return "cloud_late"
@@ -403,17 +389,6 @@ def _mismatch(ours: str, theirs: str) -> InterfaceMismatch:
         f"the cloud's interface is {theirs[:12]}, the edge's {ours[:12]}",
         hint="serve a bundle that was exported for the same inputs, outputs and labels",
     )
-
-
-def _checked(interface: Interface, inputs: Tensors | Array) -> Tensors:
-    specs = interface.inputs
-    if not isinstance(inputs, Mapping):
-        if len(specs) != 1:
-            names = [spec.name for spec in specs]
-            raise UnknownTensor(f"there are {len(names)} inputs", hint=f"pass a mapping with {names}")
-        inputs = {specs[0].name: inputs}
-    arrays = check_inputs(interface, inputs)
-    return {spec.name: array for spec, array in zip(specs, arrays, strict=True)}
 
 
 def _judged_output(policy: Policy, interface: Interface) -> str | None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +28,16 @@ from outrider_runtimes.errors import (
     NotInstalled,
     RunnerClosed,
     StoreError,
-    UnknownTensor,
 )
-from outrider_runtimes.runner import Answer
-from outrider_runtimes.tensors import Array, Interface, Tensors
+from outrider_runtimes.runner import Answer, wait
+from outrider_runtimes.tensors import Array, Interface, Tensors, by_name
 from outrider_runtimes.worker import Worker
 
 __all__ = ["BundleInfo", "Model", "Prediction", "load"]
 
 log = logging.getLogger(__name__)
+
+MAX_THREADS = 1024  # an engine starts each of them at once; far more take minutes and the machine's memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +71,7 @@ def load(
     Raises:
         NotInstalled: there is no bundle of that name.
         TrustError: no key that is trusted now signed it.
-        ConfigError: the bundle has no such variant, or ``threads`` is below 1.
+        ConfigError: the bundle has no such variant, or ``threads`` is not from 1 to 1024.
         NoEngine: there is no such engine, or it does not run that variant here; says what does.
         MissingExtra: the engine that was asked for was installed once and is not any more.
         OutriderError: what ``install`` raises, where it is installed first.
@@ -82,7 +82,7 @@ def load(
     installed = _of_path(store, Path(source), found) if _is_path(source) else _of_name(store, str(source))
     verified = check_trust(f"{installed.name!r} in {root}", installed.signatures, found) or installed.verified
     admission = Admission.from_dict(installed.choice)
-    session, chosen = _opened(installed, admission, _candidates(installed, admission, engine, variant, threads))
+    session, chosen = _opened(installed, _candidates(installed, admission, engine, variant, threads))
     info = BundleInfo(
         name=installed.name, version=installed.manifest.version, digest=installed.digest, verified=verified
     )
@@ -104,9 +104,16 @@ def _of_name(store: Store, name: str) -> Installed:
     try:
         return store.installed(name)
     except NotInstalled as error:
-        if Path(name).is_file():
+        if _is_file(name):
             raise NotInstalled(str(error), hint=f"for the file of that name, pass {'./' + name!r}") from None
         raise
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # a name that is too long for a file
+        return False
 
 
 def _of_path(store: Store, path: Path, trust: Trust) -> Installed:
@@ -125,8 +132,8 @@ def _candidates(
     installed: Installed, admission: Admission, engine: str | None, variant: str | None, threads: int | None
 ) -> list[Choice]:
     """What may serve, best first: one where the caller named it, all that were measured where nothing was named."""
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads is {threads}, expected 1 or more")
+    if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS):
+        raise ConfigError(f"threads is {threads!r:.40}, expected a whole number from 1 to {MAX_THREADS}")
     names = [each.name for each in installed.manifest.variants]
     if variant is not None and variant not in names:
         raise ConfigError(f"{installed.name!r} has no variant {variant!r}", hint=f"it has {', '.join(names)}")
@@ -167,7 +174,7 @@ def _none_measured(installed: Installed, admission: Admission, engine: str | Non
     )
 
 
-def _opened(installed: Installed, admission: Admission, candidates: list[Choice]) -> tuple[BoundSession, Choice]:
+def _opened(installed: Installed, candidates: list[Choice]) -> tuple[BoundSession, Choice]:
     """The first candidate whose engine is still there. Raises the first one's error when none is."""
     gone: list[MissingExtra | NoEngine] = []
     for choice in candidates:
@@ -227,7 +234,7 @@ class Model:
             DeadlineExceeded, QueueFull: only with a deadline.
             RunnerClosed: the model was closed.
         """
-        named = inputs if isinstance(inputs, Mapping) else self._named(inputs)
+        named = by_name(self.interface, inputs)
         if deadline_ms is None:
             answer = self._run_here(named)
         else:
@@ -303,18 +310,9 @@ class Model:
 
     def _run_within(self, inputs: Tensors, deadline: Deadline) -> Answer:
         try:
-            return self.submit(inputs, deadline).result(deadline.timeout_s())
+            return wait(self.submit(inputs, deadline), deadline)
         except DeadlineExceeded:
-            raise
-        except FutureTimeout:
             raise DeadlineExceeded(f"no answer from {self.variant} on {self.engine} in time") from None
-
-    def _named(self, inputs: Array) -> Tensors:
-        specs = self.interface.inputs
-        if len(specs) == 1:
-            return {specs[0].name: inputs}
-        names = [spec.name for spec in specs]
-        raise UnknownTensor(f"there are {len(names)} inputs", hint=f"pass a mapping with {names}")
 
     def _start_worker(self) -> Worker:
         with self._lock:

@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from outrider_runtimes.deadline import LONGEST_MS
 from outrider_runtimes.errors import ConfigError
 from outrider_runtimes.tensors import Array
 
@@ -281,7 +282,7 @@ def _shifted(policy: Policy, recent: int, bit: int) -> int:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LONGEST_MS
 
 
 def _count(value: object) -> bool:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,111 @@ def test_a_name_that_is_not_installed(cli: Cli) -> None:
 def test_a_state_directory_that_cannot_be_written(cli: Cli, bundle: Path) -> None:
     cli.state.write_text("a file where the folder should be")
     assert str(cli.state) in cli.refused("install", bundle)
+
+
+def test_files_that_are_no_arrays_are_refused_and_nothing_is_written(cli: Cli, bundle: Path) -> None:
+    from outrider.cli.infer import read_arrays
+    from outrider_runtimes.errors import InputError
+
+    np.save(cli.folder / "one.npy", np.zeros(3))
+    header = b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': "
+    members = {"huge": header + b"(10000000000000,), }", "open": header + b"((((("}
+    for name, content in members.items():
+        with zipfile.ZipFile(cli.folder / f"{name}.npz", "w") as archive:
+            archive.writestr("image.npy", content.ljust(128))
+    np.savez_compressed(cli.folder / "flipped.npz", image=images(4))
+    content = bytearray((cli.folder / "flipped.npz").read_bytes())
+    content[100] ^= 0xFF
+    (cli.folder / "flipped.npz").write_bytes(content)
+    (cli.folder / "empty.npz").write_bytes(b"")
+    for name in ("one.npy", "huge.npz", "open.npz", "flipped.npz", "empty.npz", "not-there.npz", "."):
+        with pytest.raises(InputError):
+            read_arrays(cli.folder / name)
+    assert "flipped.npz" in cli.refused("infer", bundle, "--input", "flipped.npz", "--output", "out.npz")
+    assert not (cli.folder / "out.npz").exists()
+
+
+def test_answers_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    from outrider.cli.infer import read_arrays, write_arrays
+    from outrider_runtimes.errors import OutriderError
+
+    named = {"file": images(1), "a/b": np.arange(3), "allow_pickle": np.bool_([True])}
+    write_arrays(tmp_path / "out.npz", named)
+    back = read_arrays(tmp_path / "out.npz")
+    assert {name: array.tolist() for name, array in back.items()} == {n: a.tolist() for n, a in named.items()}
+    before = (tmp_path / "out.npz").read_bytes()
+    with pytest.raises(ValueError, match="Object arrays"):
+        write_arrays(tmp_path / "out.npz", {"good": images(1), "bad": np.array([object()])})
+    assert (tmp_path / "out.npz").read_bytes() == before
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("not-there/out.npz", ".", "pipe"):
+        with pytest.raises(OutriderError, match="cannot be written"):
+            write_arrays(tmp_path / name, named)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz", "pipe"]
+
+
+def test_an_option_of_the_board_is_refused_for_an_endpoint(cli: Cli) -> None:
+    source = save_images(cli)
+    for option in (("--variant", "onnx-float32"), ("--threads", "2"), ("--trust", "keys")):
+        said = cli.refused("infer", "http://127.0.0.1:9/tiny", "--input", source, "--output", "out.npz", *option)
+        assert option[0] in said
+
+
+def test_a_deadline_of_zero_is_refused_for_an_endpoint_too(cli: Cli) -> None:
+    source = save_images(cli)
+    said = cli.refused(
+        "infer", "http://127.0.0.1:9/tiny", "--input", source, "--output", "out.npz", "--deadline-ms", "0"
+    )
+    assert "deadline_ms" in said
+
+
+@pytest.mark.parametrize("measured", [{"metrics": 5}, {"metrics": ["a"]}, {"metrics": {"accuracy": "high"}}, {}])
+def test_whatever_was_measured_can_be_shown(measured: dict[str, Any]) -> None:
+    from outrider.cli.bundles import _metrics_text
+
+    assert _metrics_text(measured.get("metrics")) == ""
+    assert _metrics_text({"accuracy": 0.97312}) == "accuracy 0.9731"
+
+
+def test_serve_and_infer_through_it_with_a_token(cli: Cli, bundle: Path) -> None:
+    source = save_images(cli, 3)
+    token = {"OUTRIDER_TOKEN": "s3cret"}
+    server = subprocess.Popen(
+        [sys.executable, "-m", "outrider.cli", "serve", str(bundle), "--port", "0"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "STATE_DIRECTORY": str(cli.state), **token},
+    )
+    try:
+        assert server.stderr is not None
+        url = next(line.split()[-1] for line in server.stderr if line.startswith("serving "))
+        answer = cli.done("infer", f"{url}/tiny", "--input", source, "--output", "out.npz", env=token)
+        assert answer["source"] == "cloud"
+        np.testing.assert_allclose(np.load(cli.folder / "out.npz")["logits"], expected(images(3)), atol=1e-4)
+        assert "401" in cli.refused("infer", f"{url}/tiny", "--input", source, "--output", "no.npz")
+        assert not (cli.folder / "no.npz").exists()
+    finally:
+        server.terminate()
+        out, _ = server.communicate(timeout=30)
+    assert (server.returncode, out.strip()) == (0, "stopped")
+
+
+@pytest.mark.parametrize("package", ["uvicorn", "starlette", "httptools"])
+def test_serve_without_its_extra_names_the_pip_command(cli: Cli, bundle: Path, package: str) -> None:
+    script = f"import sys; sys.modules[{package!r}] = None; from outrider.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "serve", str(bundle), "--port", "0", "--state", str(cli.state)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert package in done.stderr and "pip install 'outrider[serve]'" in done.stderr
+    assert "Traceback" not in done.stderr and not cli.state.exists()
+
+
+def test_a_strangers_names_cannot_command_the_terminal() -> None:
+    from outrider.cli.text import shown
+
+    assert shown("a\x1b]0;b\x07c\u202ed\udcff\ne \u00fc") == "a\\x1b]0;b\\x07c\\u202ed\\udcff\ne \u00fc"

@@ -73,3 +73,19 @@ def test_a_stream_too_short_to_tell_is_refused(demo_cli: Any, tmp_path: Path) ->
     result = demo_cli("--stream", "10", "--output", tmp_path)
     assert result.returncode == 1
     assert "5000" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--broker", "junk"], "junk"),
+        (["--rate", "inf"], "--rate"),
+        (["--output", "/proc/nothing"], "/proc/nothing"),
+        (["--output", "/etc"], "not an earlier demo's"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_work(demo_cli: Any, args: list[str], said: str, tmp_path: Path) -> None:
+    result = demo_cli("--output", tmp_path, *args)
+    assert result.returncode == 1
+    assert said in result.stderr
+    assert "hint: " in result.stderr or "--rate" in args

@@ -12,7 +12,8 @@ import pytest
 from outrider.hybrid import Hybrid
 from outrider.policy import Policy
 from outrider_runtimes.remote import Remote
-from support.hybrids import free_port, onnx_model
+from support.hybrids import onnx_model
+from support.ports import free_port
 from support.realbundles import expected, images
 
 pytest.importorskip("onnxruntime")

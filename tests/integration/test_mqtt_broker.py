@@ -21,7 +21,8 @@ from cryptography.x509.oid import NameOID
 
 from outrider.prediction import Prediction
 from outrider.telemetry import Limits, Reporter, Sink
-from support.broker import Mosquitto, free_port, wait_until
+from support.broker import Mosquitto, wait_until
+from support.ports import free_port
 from support.telemetry import Source, a_prediction
 
 TESTS = Path(__file__).parents[1]

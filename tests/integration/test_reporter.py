@@ -20,7 +20,8 @@ import pytest
 from outrider.telemetry import Limits, Record, Reporter, Sink, Spool
 from outrider.telemetry.record import Range, Receipt, decode_batch, decode_status, encode_receipt, topics
 from outrider_runtimes.errors import ConfigError, StateDirectoryError, TelemetryError
-from support.broker import Mosquitto, free_port, wait_until
+from support.broker import Mosquitto, wait_until
+from support.ports import free_port
 from support.telemetry import Source, a_stream
 
 TESTS = Path(__file__).parents[1]
@@ -524,3 +525,24 @@ def test_the_sink_as_a_program_names_a_wrong_url() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: broker url")
     assert "hint: " in done.stderr
+
+
+def test_after_close_nothing_more_is_watched(tmp_path: Path, source: Source) -> None:
+    reporter = open_reporter("mqtt://127.0.0.1:1", tmp_path)
+    reporter.close()
+    with pytest.raises(TelemetryError, match="closed"):
+        reporter.watch(source)
+
+
+def test_flush_may_wait_for_ever(tmp_path: Path, source: Source) -> None:
+    with open_reporter("mqtt://127.0.0.1:1", tmp_path) as reporter:
+        reporter.watch(source)
+        source.predict(3)
+        assert reporter.flush(float("inf"))
+        assert reporter.account().pending == 3
+
+
+@pytest.mark.parametrize("interval_ms", [float("inf"), 1e300])
+def test_an_interval_that_never_ends_is_refused(tmp_path: Path, interval_ms: float) -> None:
+    with pytest.raises(ConfigError, match="commit_interval_ms"):
+        open_reporter("mqtt://127.0.0.1:1", tmp_path, commit_interval_ms=interval_ms)

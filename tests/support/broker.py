@@ -13,6 +13,8 @@ from types import TracebackType
 
 import pytest
 
+from support.ports import free_port
+
 MOSQUITTO = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
 
 
@@ -23,13 +25,6 @@ def wait_until(condition: Callable[[], object], *, timeout_s: float = 30.0, what
         if time.monotonic() > until:
             pytest.fail(f"not within {timeout_s} s: {what or condition}")
         time.sleep(0.005)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Mosquitto:

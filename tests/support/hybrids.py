@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from outrider_runtimes.errors import DeadlineExceeded, RunnerError
 from outrider_runtimes.remote import Remote
 from outrider_runtimes.tensors import Binding, Interface, TensorBinding
 from support import tinymodels
+from support.ports import free_port
 from support.realbundles import INTERFACE
 
 START_S = 60.0  # an endpoint admits its bundles in child processes before it listens
@@ -35,14 +35,6 @@ def onnx_model(folder: Path, *, seed: int = 0, interface: Interface = INTERFACE)
     session = BoundSession(engine_named("onnxruntime").prepare(path, threads=1), interface, binding)
     info = BundleInfo(name="tiny", version=1, digest=f"{seed:064x}", verified=False)
     return Model(session, bundle=info, variant="onnx-float32", engine="onnxruntime", threads=1)
-
-
-def free_port() -> int:
-    """A port of this machine on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class EndpointProcess:

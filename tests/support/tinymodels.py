@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 ROWS, SIDE, CHANNELS, CLASSES = 16, 8, 4, 10
@@ -204,7 +203,3 @@ def _code(schema: Any, builtin: int) -> Any:
     code.builtinCode = code.deprecatedBuiltinCode = builtin
     code.version = 1
     return code
-
-
-def check_onnx(data: bytes) -> None:
-    onnx.checker.check_model(onnx.load_from_string(data))

@@ -341,3 +341,40 @@ def test_a_trust_folder_that_is_a_broken_link_fails_closed(tmp_path):
     (tmp_path / "trust").symlink_to(tmp_path / "nowhere")
     with pytest.raises(TrustError):
         find_trust(None, tmp_path, {})
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "\udcff", "bell\a"])
+def test_a_key_name_that_cannot_be_shown_is_refused_and_nothing_is_left(tmp_path, name):
+    with pytest.raises(BundleError, match="not a file name"):
+        save_keypair(tmp_path, name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.timeout(20)
+def test_a_key_file_that_is_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    pipe = tmp_path / "ops.pub"
+    os.mkfifo(pipe)
+    for named in (pipe, tmp_path):
+        with pytest.raises(TrustError, match="not a regular file"):
+            Trust.load(named)
+    with pytest.raises(BundleError, match="not a regular file"):
+        load_private_key(pipe)
+
+
+def test_a_path_with_a_null_byte_is_a_typed_error(tmp_path):
+    with pytest.raises(TrustError, match="null byte"):
+        Trust.load("a\0b.pub")
+    with pytest.raises(BundleError, match="null byte"):
+        open_bundle(tmp_path / "a\0b.outrider")
+
+
+def test_signing_keeps_the_rights_of_the_file_and_follows_a_link(tmp_path):
+    path = make_bundle(tmp_path)
+    path.chmod(0o600)
+    link = tmp_path / "link.outrider"
+    link.symlink_to(path)
+    sign_bundle(link, private_key(1))
+    assert link.is_symlink()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with open_bundle(path) as bundle:
+        assert len(bundle.signatures) == 1

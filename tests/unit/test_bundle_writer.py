@@ -210,3 +210,12 @@ def test_model_members_are_what_make_bundle_packs(tmp_path):
     with open_bundle(make_bundle(tmp_path, seed=5)) as bundle:
         for path, content in model_members(seed=5).items():
             assert bundle.read(path) == content
+
+
+def test_a_pipe_or_a_device_is_never_replaced_by_a_file(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="not a regular file"), atomic_file(pipe) as file:
+        file.write(b"content")
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]

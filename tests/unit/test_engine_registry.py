@@ -9,9 +9,9 @@ import pytest
 
 from outrider_runtimes import engines
 from outrider_runtimes.engines import engine_named, engines_for, find_engines, require_engines
-from outrider_runtimes.engines import litert as litert_module
 from outrider_runtimes.engines import onnxruntime as onnxruntime_module
 from outrider_runtimes.engines._library import Library, one_line
+from outrider_runtimes.engines.litert import LiteRtEngine
 from outrider_runtimes.errors import MissingExtra, NoEngine
 
 ABSENT = Library(
@@ -76,7 +76,7 @@ def test_a_library_that_does_not_import_says_so(monkeypatch, tmp_path, failure):
     broken = Library(
         package="outrider_broken_engine", module="outrider_broken_engine", distribution="broken", extra="tflite"
     )
-    monkeypatch.setattr(litert_module, "LIBRARY", broken)
+    monkeypatch.setattr(LiteRtEngine, "library", broken)
     reason = engine_named("litert").check()
     assert reason is not None
     assert reason.startswith("broken is installed but does not import: ")

@@ -670,3 +670,19 @@ def test_the_public_names_are_these_objects() -> None:
     assert outrider.load is load
     assert outrider.install is install
     assert outrider.Model is Model
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1025, 2**70, "2", 1.5])
+def test_a_number_of_threads_that_no_board_has_is_refused(shared: Path, threads: Any) -> None:
+    with pytest.raises(ConfigError, match="from 1 to 1024"):
+        load("tiny", state=shared, threads=threads)
+
+
+def test_a_name_that_is_too_long_for_a_file_is_not_installed(shared: Path) -> None:
+    with pytest.raises(NotInstalled):
+        load("x" * 5000, state=shared)
+
+
+def test_a_state_directory_with_a_null_byte_is_a_typed_error() -> None:
+    with pytest.raises(StateDirectoryError, match="null byte"):
+        load("tiny", state="a\0b")

@@ -64,6 +64,7 @@ def test_no_deadline_is_said_not_assumed():
         ("deadline_ms", math.nan),
         ("deadline_ms", math.inf),
         ("deadline_ms", "80"),
+        ("deadline_ms", 10**400),
         ("deadline_ms", True),
         ("min_margin", -0.1),
         ("min_margin", 1.1),

@@ -15,6 +15,7 @@ from outrider.telemetry.record import (
     MAX_BATCH_RECORDS,
     MAX_PAYLOAD_BYTES,
     MAX_RECORD_BYTES,
+    MAX_RECORD_DEPTH,
     MAX_SEQ,
     Range,
     Receipt,
@@ -249,3 +250,20 @@ def test_a_device_id_that_a_topic_or_a_file_cannot_hold_is_refused(device: objec
 @pytest.mark.parametrize("device", ["a", "7", "pi-07", "Line_3.cam", "a" * 64])
 def test_usual_device_ids_are_taken(device: str) -> None:
     assert check_device(device) == device
+
+
+def test_a_record_that_a_message_could_not_carry_is_refused_where_it_is_made() -> None:
+    """Else it would stand at the head of the spool for ever: no reader takes the message that it is in."""
+
+    def row(depth: int) -> bytes:
+        body: object = 1
+        for _ in range(depth - 1):
+            body = {"a": body}
+        return encode_row(kind="event", boot_id=BOOT, wall_s=0.0, monotonic_s=0.0, body=body)  # type: ignore[arg-type]
+
+    message = encode_batch(device="pi", stream=STREAM, after_seq=0, rows=[Row(1, row(MAX_RECORD_DEPTH))])
+    assert decode_batch(message).malformed == 0
+    with pytest.raises(TelemetryError, match="nested deeper than 32"):
+        row(MAX_RECORD_DEPTH + 1)
+    with pytest.raises(TelemetryError, match="Unicode"):
+        encode_row(kind="event", boot_id=BOOT, wall_s=0.0, monotonic_s=0.0, body={"file": "caf\udce9"})

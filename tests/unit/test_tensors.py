@@ -81,11 +81,6 @@ def test_bad_inputs_name_the_tensor(error, tensor, change):
     assert isinstance(caught.value, ValueError)
 
 
-def test_finiteness_can_be_left_out():
-    inputs = {**good(), "gain": np.array(np.nan)}
-    assert np.isnan(check_inputs(INTERFACE, inputs, finite=False)[2])
-
-
 def test_large_finite_values_are_finite():
     inputs = {**good(), "image": np.full((2, 2, 3), np.finfo(np.float32).max, np.float32)}
     with warnings.catch_warnings():
@@ -241,3 +236,13 @@ def test_any_json_is_taken_or_a_format_error(data):
     ):
         with contextlib.suppress(FormatError):
             parse(item)
+
+
+@pytest.mark.parametrize("value", [None, 5, np.float32(3), [np.zeros(3)], "image"])
+def test_what_is_no_mapping_is_refused(value):
+    interface = Interface(
+        inputs=(TensorSpec(name="image", dtype="float32", shape=(3,)),),
+        outputs=(TensorSpec(name="y", dtype="float32", shape=(3,)),),
+    )
+    with pytest.raises(UnknownTensor, match="not arrays by name"):
+        check_inputs(interface, value)

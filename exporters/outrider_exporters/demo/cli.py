@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from outrider.cli import Commands
+from outrider.telemetry.mqtt import parse_broker
 from outrider_runtimes.errors import ConfigError, MissingExtra
 
 SMALLEST_STREAM = 5_000
+FASTEST_RATE_HZ = 10_000.0  # the stream must last longer than a server takes to start
 NEEDS = ("torch", "onnx", "onnxruntime", "ai_edge_litert", "litert_torch", "sklearn", "amqtt", "matplotlib", "rich",
          "paho", "starlette", "uvicorn")  # fmt: skip
 
@@ -38,8 +40,10 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
             raise MissingExtra(package, extra="demo", purpose="outrider demo")
     if args.stream < SMALLEST_STREAM:
         raise ConfigError(f"--stream {args.stream} is under {SMALLEST_STREAM}, too few to tell two accuracies apart")
-    if not args.rate > 0:
-        raise ConfigError(f"--rate {args.rate} is not above 0")
+    if not 0 < args.rate < FASTEST_RATE_HZ:
+        raise ConfigError(f"--rate {args.rate} is not above 0 and below {FASTEST_RATE_HZ:g}")
+    if args.broker is not None:
+        parse_broker(args.broker)
     from outrider_exporters.demo.console import Narrator
     from outrider_exporters.demo.run import STEPS, Settings, run_demo, say_tables
 

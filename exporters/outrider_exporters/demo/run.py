@@ -20,8 +20,11 @@ from outrider_exporters.demo.score import (
     paired_interval,
 )
 from outrider_exporters.demo.stream import DEADLINE_MS, Cast, Outcome, run_stream
+from outrider_runtimes.errors import ConfigError
 
 STEPS = 6
+MARK = ".outrider-demo"  # in a folder that the demo may empty
+CACHE = "cache"
 RISK = 0.03  # share of wrong answers that the board may keep, on the calibration part
 MAX_DROP_POINTS = 1.0
 GATE_SAMPLES = 2_000
@@ -74,10 +77,10 @@ def run_demo(settings: Settings, say: Narrator) -> dict[str, Any]:
     from outrider_exporters.demo.report import write_report
 
     folder = settings.output.resolve()
-    _clear(folder)
+    _prepare(folder)
     digits = load_digits(settings.seed)
     with say.step("train a small network for the board and a strong one for the cloud"):
-        small, strong, trained = _train(digits, settings.seed, folder / "cache", say)
+        small, strong, trained = _train(digits, settings.seed, folder / CACHE, say)
     with say.step("prune, distil and quantize the small one; pack and sign the bundles"):
         exported = _export((small, strong), digits, settings.seed, folder, say)
     stream = disturbed(digits.test, settings.stream, STREAM, np.random.default_rng(settings.seed + 2))
@@ -101,16 +104,29 @@ def run_demo(settings: Settings, say: Narrator) -> dict[str, Any]:
     return {**result, "report": str(path)}
 
 
-def _clear(folder: Path) -> None:
-    """A run begins with nothing of an earlier one but the cache of trained weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for item in folder.iterdir():
-        if item.name == "cache":
-            continue
-        if item.is_dir() and not item.is_symlink():
-            shutil.rmtree(item)
-        else:
-            item.unlink()
+def _prepare(folder: Path) -> None:
+    """An empty folder but for the cache of trained weights. Raises ConfigError for one that holds anything else.
+
+    The demo empties what it finds, so it takes a new folder, an empty one, or one that an earlier demo marked.
+    """
+    hint = "name a new folder: --output FOLDER"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        items = {item.name: item for item in folder.iterdir()}
+        if items and MARK not in items:
+            raise ConfigError(f"--output {folder} holds files that are not an earlier demo's", hint=hint)
+        (folder / MARK).touch()
+        for name in items.keys() - {MARK, CACHE}:
+            _remove(items[name])
+    except OSError as error:
+        raise ConfigError(f"--output {folder} cannot be written: {error.strerror}", hint=hint) from None
+
+
+def _remove(item: Path) -> None:
+    if item.is_dir() and not item.is_symlink():
+        shutil.rmtree(item)
+    else:
+        item.unlink()
 
 
 def _train(digits: Digits, seed: int, cache: Path, say: Narrator) -> tuple[Any, Any, bool]:

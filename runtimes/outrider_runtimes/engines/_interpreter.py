@@ -13,11 +13,31 @@ from typing import Any
 import numpy as np
 
 from outrider_runtimes.engines import FileTensor
-from outrider_runtimes.engines._library import one_line
+from outrider_runtimes.engines._library import Library, one_line
 from outrider_runtimes.errors import InferenceError, ModelLoadError
 from outrider_runtimes.tensors import DTYPES, Array, Shape
 
 _IDENTIFIER = b"TFL3"
+
+
+class InterpreterEngine:
+    """Runs ``.tflite`` files by the ``Interpreter`` of ``library``; each engine gives its own."""
+
+    name: str
+    library: Library
+    formats: Sequence[str] = ("tflite",)
+
+    def check(self) -> str | None:
+        """None when the library imports here; else the reason and the way out."""
+        return self.library.check()
+
+    def version(self) -> str:
+        """The version of the library. Raises MissingExtra."""
+        return self.library.version()
+
+    def prepare(self, path: Path, *, threads: int) -> InterpreterSession:
+        """Load a TFLite file. Raises ModelLoadError, MissingExtra."""
+        return load(self.library.load().Interpreter, path, threads=threads)
 
 
 def load(interpreter_class: Any, path: Path, *, threads: int) -> InterpreterSession:

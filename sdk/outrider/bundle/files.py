@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -16,8 +17,11 @@ from outrider_runtimes.errors import BundleError
 def atomic_file(path: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
     """A new file in the folder of ``path``, which replaces it when the block ends well and is gone when it does not.
 
-    After the block the bytes and the name are on disk. Raises OSError as it comes.
+    After the block the bytes and the name are on disk. Raises OSError as it comes, and where ``path`` is there and
+    no regular file: a rename would put a file in the place of a device.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "this is not a regular file", str(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from outrider.bundle import format as layout_rules
-from outrider.bundle import strictjson
+from outrider_runtimes import strictjson
 from outrider_runtimes.errors import BundleError, FormatError, OutriderError, UnsupportedBundle
 from outrider_runtimes.golden import DecisionCheck
 from outrider_runtimes.tensors import DTYPES, Binding, Interface, TensorSpec
@@ -25,6 +25,9 @@ FORMATS = ("onnx", "tflite")
 MAX_VARIANTS = 64
 MAX_GOLDEN_ROWS = 65_536
 MAX_PATH_LENGTH = 255
+MAX_JSON_DEPTH = 32
+# A parsed value costs up to 100 bytes, so that this keeps the parse of a 4 MiB text under 50 MB.
+MAX_JSON_VALUES = 200_000
 MAX_VERSION = 2**53 - 1  # a JSON number that every reader holds exactly
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}\Z")
@@ -186,9 +189,7 @@ def parse_manifest(raw: bytes) -> Manifest:
         FormatError: naming the key and what was expected.
         UnsupportedBundle: made for a newer reader.
     """
-    if len(raw) > layout_rules.MAX_MANIFEST_SIZE_BYTES:
-        raise FormatError(f"manifest: {len(raw)} bytes, allowed are {layout_rules.MAX_MANIFEST_SIZE_BYTES}")
-    data = strictjson.parse(raw, "manifest")
+    data = parse_json(raw, "manifest", max_bytes=layout_rules.MAX_MANIFEST_SIZE_BYTES)
     requires = _parse_requires(data)
     interface = _parse_interface(data)
     variants = _parse_variants(data, interface)
@@ -205,6 +206,19 @@ def parse_manifest(raw: bytes) -> Manifest:
         members=members,
         provenance=_mapping(data, "provenance") if "provenance" in data else {},
         raw=raw,
+    )
+
+
+def parse_json(raw: bytes, what: str, *, max_bytes: int) -> dict[str, Any]:
+    """The object in ``raw`` by docs/bundle-format.md, "Manifest". Raises FormatError that begins with ``what``."""
+    return strictjson.parse(
+        raw,
+        lambda problem: FormatError(f"{what}: {problem}"),
+        max_bytes=max_bytes,
+        max_depth=MAX_JSON_DEPTH,
+        max_values=MAX_JSON_VALUES,
+        parse_int=strictjson.integer_64,
+        parse_float=strictjson.finite_float,
     )
 
 

@@ -167,7 +167,10 @@ def open_bundle(path: str | Path, trust: Trust | None = None) -> Bundle:
     """
     path = Path(path)
     with _named(path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except ValueError as error:  # a null byte in the path
+            raise BundleError(f"cannot be opened: {error}", hint="check the path") from None
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise BundleError("this is not a regular file", hint="a bundle is one file, *.outrider")

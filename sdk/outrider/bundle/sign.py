@@ -114,7 +114,7 @@ def save_keypair(directory: Path, name: str, key: Ed25519PrivateKey | None = Non
     Raises:
         BundleError: one of the files exists or cannot be written; what was there is untouched.
     """
-    if Path(name).name != name or name in ("", ".", ".."):
+    if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
         raise BundleError(f"{name!r} is not a file name for a key")
     _need_cryptography()
     from cryptography.hazmat.primitives import serialization
@@ -268,7 +268,7 @@ def _listed(ids: Iterable[str]) -> str:
 def _is_folder(path: Path) -> bool:
     try:
         return stat.S_ISDIR(path.stat().st_mode)
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
@@ -283,10 +283,14 @@ def _public_files(folder: Path) -> list[Path]:
 
 def _read_small(path: Path, kind: type[BundleError]) -> bytes:
     try:
-        with path.open("rb") as file:
+        # Without O_NONBLOCK the opening of a named pipe waits for ever.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise kind(f"key file {path} is not a regular file", hint="check the path")
             data = file.read(MAX_KEY_FILE_SIZE_BYTES + 1)
-    except OSError as error:
-        raise kind(f"key file {path} cannot be read: {error.strerror}", hint="check the path and its rights") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise kind(f"key file {path} cannot be read: {reason}", hint="check the path and its rights") from None
     if len(data) > MAX_KEY_FILE_SIZE_BYTES:
         raise kind(f"{path} is too long for a key file")
     return data

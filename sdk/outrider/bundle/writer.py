@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,7 +104,8 @@ def sign_bundle(path: str | Path, key: Ed25519PrivateKey) -> Signature:
             raise BundleError(f"{path} has {MAX_SIGNATURES} signatures already, which is the most that fit")
         record = sign_manifest(hashlib.sha256(bundle.manifest.raw).digest(), key)
         plan = _Plan(manifest=bundle.manifest, present=bundle.present, records=bundle.records + record)
-        _write(path, plan, bundle.copy_to)
+        # In place: the file that a link leads to, and open to nobody whom it was closed to.
+        _write(path.resolve(), plan, bundle.copy_to, mode=stat.S_IMODE(path.stat().st_mode))
     return signature
 
 
@@ -133,7 +135,7 @@ def thin_bundle(path: str | Path, output: str | Path, *, variants: Sequence[str]
         return bundle.manifest.digest
 
 
-def _write(path: Path, plan: _Plan, copy: Copy) -> None:
+def _write(path: Path, plan: _Plan, copy: Copy, *, mode: int = 0o666) -> None:
     manifest = plan.manifest
     header = Header(
         signature_count=len(plan.records) // SIGNATURE_SIZE_BYTES,
@@ -143,7 +145,7 @@ def _write(path: Path, plan: _Plan, copy: Copy) -> None:
     )
     presence = [member.path in plan.present for member in manifest.members]
     spans = layout(header.prefix_size_bytes, [member.size_bytes for member in manifest.members], presence).members
-    with _writing(path), atomic_file(path) as file:
+    with _writing(path), atomic_file(path, mode=mode) as file:
         file.write(pack_header(header))
         file.write(bytes(PRESENT if here else ABSENT for here in presence))
         file.write(manifest.raw)

@@ -18,6 +18,7 @@ from importlib import metadata
 from typing import Any
 
 from outrider.cli import board, bundles, infer, serve
+from outrider.cli.text import shown
 from outrider_runtimes.errors import OutriderError
 
 Run = Callable[[argparse.Namespace], dict[str, Any]]
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         result = args.run(args)
-        _print(json.dumps(result, allow_nan=False) if args.json else args.render(result))
+        _print(json.dumps(result, allow_nan=False) if args.json else shown(args.render(result)))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
@@ -90,9 +91,9 @@ def _report(error: Exception, *, as_json: bool, debug: bool) -> int:
     what, hint = _explain(error)
     if debug:
         traceback.print_exception(error)
-    print(f"error: {what}", file=sys.stderr)
+    print(shown(f"error: {what}"), file=sys.stderr)
     if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+        print(shown(f"hint: {hint}"), file=sys.stderr)
     if as_json:
         _print(json.dumps({"error": {"type": type(error).__name__, "message": what, "hint": hint}}))
     return FAILED

@@ -20,7 +20,8 @@ def register(commands: Commands) -> None:
         "serve",
         run=_serve,
         render=lambda result: "stopped",
-        summary="Serve bundles over the Open Inference Protocol v2 until SIGTERM or Ctrl-C.",
+        summary="Serve bundles over the Open Inference Protocol v2 until SIGTERM or Ctrl-C. "
+        "Callers must send the token in OUTRIDER_TOKEN, if there is one.",
         example="outrider serve digits-large.outrider --port 8000",
     )
     parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")

@@ -35,3 +35,8 @@ def tensor_text(spec: Mapping[str, Any]) -> str:
     letters = spec.get("axes") or "?" * len(spec["shape"])
     sizes = [letter if size is None else str(size) for letter, size in zip(letters, spec["shape"], strict=True)]
     return f"{spec['name']}: {spec['dtype']} [{', '.join(sizes)}]"
+
+
+def shown(text: str) -> str:
+    """The text with what would move the cursor or change the terminal spelled out: names come from strangers' files."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

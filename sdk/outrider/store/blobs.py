@@ -42,11 +42,6 @@ class Installed:
         """The bundle's identity."""
         return self.manifest.digest
 
-    @property
-    def key_ids(self) -> tuple[str, ...]:
-        """Ids of the keys that signed."""
-        return tuple(signature.key_id for signature in self.signatures)
-
     def blob_path(self, member: str) -> Path:
         """The file that holds a member. Raises BundleError for one that is not in the bundle or not here."""
         path = blob_path_of(self.root, self.manifest.member(member).sha256)

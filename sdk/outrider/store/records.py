@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from outrider.bundle import Signature
-from outrider.bundle.manifest import SHA256
-from outrider.bundle.strictjson import parse
+from outrider.bundle.manifest import SHA256, parse_json
 from outrider.store.blobs import Installed
 from outrider_runtimes.errors import StoreError
 
@@ -95,7 +94,7 @@ class Record:
     @classmethod
     def parse(cls, raw: bytes) -> Record:
         """The inverse of ``to_json``; raises what odd data makes it raise."""
-        data = parse(raw, "record")
+        data = parse_json(raw, "record", max_bytes=MAX_RECORD_SIZE_BYTES)
         if data["format"] != RECORD_FORMAT:
             raise StoreError(f"it has format {data['format']}, this Outrider reads {RECORD_FORMAT}")
         last_good = data["last_good"]

@@ -25,10 +25,9 @@ def find_state_dir(state: str | Path | None = None, environ: Mapping[str, str] =
     path = _state_path(state, environ)
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise StateDirectoryError(
-            f"state directory {path} cannot be made: {error.strerror}", hint=CHOOSE_STATE
-        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise StateDirectoryError(f"state directory {path} cannot be made: {reason}", hint=CHOOSE_STATE) from None
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         raise StateDirectoryError(f"state directory {path} cannot be written by this user", hint=CHOOSE_STATE)
     return path

@@ -38,6 +38,7 @@ MIN_BACKOFF_S: Final = 0.2
 MAX_BACKOFF_S: Final = 30.0
 # A connection that held this long was a good one: the next attempt begins again with the shortest wait.
 STABLE_AFTER_S: Final = 10.0
+CLOSE_TIMEOUT_S: Final = 2.0
 _TICK_MS: Final = 250
 
 _MQTT5: Final = 5
@@ -217,7 +218,7 @@ class Connection:
         info = self._client.publish(message.topic, message.payload, qos=1, retain=message.retain)
         return info.mid if info.rc == 0 else None
 
-    def close(self, farewell: Message | None = None, *, timeout_s: float = 2.0) -> bool:
+    def close(self, farewell: Message | None = None) -> bool:
         """Send ``farewell`` where there is a connection, disconnect and end the thread.
 
         Gives False when the thread did not end in time: it hangs in a name look-up or a connect and ends after that.
@@ -226,7 +227,7 @@ class Connection:
         self._closing.set()
         self.wake()
         if self._thread.ident is not None:
-            self._thread.join(timeout_s)
+            self._thread.join(CLOSE_TIMEOUT_S)
         return not self._thread.is_alive()
 
     def _run(self) -> None:

@@ -8,24 +8,26 @@ know has to be right.
 from __future__ import annotations
 
 import json
-import math
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, NoReturn, cast
 
+from outrider_runtimes import strictjson
 from outrider_runtimes.errors import ConfigError, TelemetryError
 
 VERSION: Final = 1
 PREDICTION: Final = "prediction"
-METRICS: Final = "metrics"
 EVENT: Final = "event"
 
 # What one reader must be able to hold for one message; a small board's consumer may be a small board too.
 MAX_RECORD_BYTES: Final = 64 * 1024
 MAX_PAYLOAD_BYTES: Final = 1024 * 1024
 MAX_BATCH_RECORDS: Final = 1000
+# A record has to stay readable inside a message: one that is not would hold up all that come after it.
+MAX_RECORD_DEPTH: Final = 32
+MAX_DEPTH: Final = 64
 MAX_SEQ: Final = 2**63 - 1
 
 State = Literal["online", "offline"]
@@ -58,7 +60,7 @@ class Record:
     Attributes:
         stream: the spool that it came through, a UUID; made with the spool's file.
         seq: its number in the stream, from 1, strictly increasing; a number that never comes is a lost record.
-        kind: ``prediction``, ``metrics`` or ``event``; readers let pass what they do not know.
+        kind: ``prediction`` or ``event``; readers let pass what they do not know.
         boot_id: the boot of the device in which it was made, a UUID.
         wall_s: when, in seconds since 1970 by the device's clock.
         monotonic_s: when, in seconds of the device's monotonic clock; comparable within one ``boot_id``.
@@ -149,7 +151,7 @@ def encode_row(*, kind: str, boot_id: str, wall_s: float, monotonic_s: float, bo
     """A record's JSON object without ``stream`` and ``seq``, as the spool stores it.
 
     Raises:
-        TelemetryError: a value that JSON has no form for, or more than MAX_RECORD_BYTES.
+        TelemetryError: a value that JSON has no form for, more than MAX_RECORD_BYTES, or deeper than MAX_RECORD_DEPTH.
     """
     fields = {
         "kind": kind,
@@ -163,6 +165,13 @@ def encode_row(*, kind: str, boot_id: str, wall_s: float, monotonic_s: float, bo
         raise TelemetryError(
             f"a {kind} record of {len(data)} bytes; at most {MAX_RECORD_BYTES} are allowed",
             hint="report less in one record",
+        )
+    if strictjson.deeper_than(data, MAX_RECORD_DEPTH):
+        raise TelemetryError(f"a {kind} record is nested deeper than {MAX_RECORD_DEPTH}", hint="report it flatter")
+    if strictjson.has_lone_surrogate(data):
+        raise TelemetryError(
+            f"a string of a {kind} record is not Unicode text",
+            hint='text.encode(errors="replace").decode() makes it so',
         )
     return data
 
@@ -197,9 +206,7 @@ def decode_batch(data: bytes) -> Batch:
         TelemetryError: the message is too large, not JSON, or its envelope is not what the specification says.
     """
     fields = _versioned(data, "batch")
-    device = fields.get("device")
-    if not isinstance(device, str) or not _DEVICE.fullmatch(device):
-        _refuse("batch", "device", "a device id", device)
+    device = _device(fields, "batch")
     stream = _uuid(fields, "stream", "batch")
     items = fields.get("records")
     if not isinstance(items, list) or len(items) > MAX_BATCH_RECORDS:
@@ -250,9 +257,7 @@ def decode_status(data: bytes) -> dict[str, Any]:
     fields = _versioned(data, "status")
     if fields.get("state") not in ("online", "offline"):
         _refuse("status", "state", "'online' or 'offline'", fields.get("state"))
-    device = fields.get("device")
-    if not isinstance(device, str) or not _DEVICE.fullmatch(device):
-        _refuse("status", "device", "a device id", device)
+    _device(fields, "status")
     _uuid(fields, "stream", "status")
     _uuid(fields, "boot_id", "status")
     return fields
@@ -315,6 +320,13 @@ def _number(fields: dict[str, Any], key: str) -> float:
     return float(value)
 
 
+def _device(fields: dict[str, Any], what: str) -> str:
+    value = fields.get("device")
+    if not isinstance(value, str) or not _DEVICE.fullmatch(value):
+        _refuse(what, "device", "a device id", value)
+    return value
+
+
 def _uuid(fields: dict[str, Any], key: str, what: str) -> str:
     value = fields.get(key)
     if not isinstance(value, str) or not _UUID.fullmatch(value):
@@ -324,10 +336,10 @@ def _uuid(fields: dict[str, Any], key: str, what: str) -> str:
 
 def _versioned(data: bytes, what: str) -> dict[str, Any]:
     fields = _load(data, cap=MAX_PAYLOAD_BYTES, what=what)
-    version = fields.get("v") if isinstance(fields, dict) else None
+    version = fields.get("v")
     if isinstance(version, bool) or version != VERSION:
         _refuse(what, "v", str(VERSION), version)
-    return cast("dict[str, Any]", fields)
+    return fields
 
 
 def _refuse(what: str, key: str, expected: str, got: object) -> NoReturn:
@@ -345,30 +357,11 @@ def _dump(value: object, *, what: str) -> bytes:
         ) from error
 
 
-def _load(data: bytes, *, cap: int, what: str) -> object:
-    if len(data) > cap:
-        raise TelemetryError(f"a {what} of {len(data)} bytes; at most {cap} are read")
-    try:
-        return json.loads(
-            data.decode(), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique_keys
-        )
-    except (ValueError, RecursionError) as error:
-        raise TelemetryError(f"a {what} that is not strict JSON: {error}") from error
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is out of range")
-    return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return fields
+def _load(data: bytes, *, cap: int, what: str) -> dict[str, Any]:
+    return strictjson.parse(
+        data,
+        lambda problem: TelemetryError(f"{what}: {problem}"),
+        max_bytes=cap,
+        max_depth=MAX_DEPTH,
+        parse_float=strictjson.finite_float,
+    )

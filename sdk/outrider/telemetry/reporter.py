@@ -25,6 +25,7 @@ from outrider.telemetry.mqtt import Credentials, parse_broker, to_credentials
 from outrider.telemetry.publisher import Limits, Publisher
 from outrider.telemetry.record import EVENT, PREDICTION, Range, check_device, encode_row
 from outrider.telemetry.spool import HIGH, LOW, Account, Draft, Spool
+from outrider_runtimes.deadline import LONGEST_MS
 from outrider_runtimes.errors import ConfigError, TelemetryError
 from outrider_runtimes.runner import Timing
 
@@ -129,6 +130,8 @@ class Reporter:
         ):
             if not value > 0:
                 raise ConfigError(f"{name} is {value}, expected a number above 0")
+        if commit_interval_ms > LONGEST_MS:
+            raise ConfigError(f"commit_interval_ms is {commit_interval_ms}, expected at most {LONGEST_MS:g}")
         self.spool_error = ""
         self._clock = clock
         self._wall_clock = wall_clock
@@ -184,7 +187,13 @@ class Reporter:
         return self._publisher.connection.last_error
 
     def watch(self, source: Watchable) -> Callable[[], None]:
-        """Report every prediction of ``source``, without its inputs and outputs. Gives what ends it."""
+        """Report every prediction of ``source``, without its inputs and outputs. Gives what ends it.
+
+        Raises:
+            TelemetryError: the reporter is closed.
+        """
+        if self._closing:
+            raise TelemetryError(f"the reporter of {self.device} is closed")
         queue, limit, clock, lose = self._queue, self._queue_size, self._clock, self._lose
 
         def offer(p: Any) -> None:
@@ -239,6 +248,7 @@ class Reporter:
             raise ConfigError(f"level is {level!r}, expected 'spooled', 'broker' or 'sink'")
         if self._closing:
             raise TelemetryError(f"the reporter of {self.device} is closed")
+        timeout_s = min(timeout_s, threading.TIMEOUT_MAX)
         until = time.monotonic() + timeout_s
         waiter = _Waiter(done=threading.Event())
         dropped = self.spool.account().dropped
