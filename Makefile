@@ -17,7 +17,7 @@ demo: $(DEMO) ## the whole way on this machine: train, export, run, report, fall
 .PHONY: test
 test: $(DEV) ## every test
 	@.ci/debian
-	$(PY) -m pytest --numprocesses 2 --dist loadgroup
+	$(PY) -m pytest --numprocesses 2 --dist loadfile
 
 .PHONY: check
 check: $(DEV) ## the loop, under 90 seconds: linters, types, contracts, fast tests
@@ -25,7 +25,7 @@ check: $(DEV) ## the loop, under 90 seconds: linters, types, contracts, fast tes
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
-	$(PY) -m pytest -q --numprocesses 2 -m "not slow" tests/unit
+	$(PY) -m pytest -q --numprocesses 2 --dist loadfile -m "not slow" tests/unit
 
 .PHONY: bench
 bench: $(DEV) ## measure beside the peers and rewrite the README's figures

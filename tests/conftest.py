@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,8 +29,15 @@ def demo_cli() -> DemoCli:
 
 @pytest.fixture(scope="session")
 def demo_run(demo_cli: DemoCli, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The JSON of one whole demo, from nothing."""
-    result = demo_cli("--stream", "5000", "--rate", "250", "--output", tmp_path_factory.mktemp("demo"))
-    assert result.returncode == 0, result.stderr
-    parsed: dict[str, Any] = json.loads(result.stdout)
+    """The JSON of one whole demo, from nothing; one for all worker processes of a run."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    told = shared / "demo.json"
+    with (shared / "demo.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not told.is_file():
+            result = demo_cli("--stream", "5000", "--rate", "250", "--output", shared / "demo")
+            assert result.returncode == 0, result.stderr
+            told.write_text(result.stdout)
+    parsed: dict[str, Any] = json.loads(told.read_text())
     return parsed

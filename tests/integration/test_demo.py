@@ -10,7 +10,7 @@ import pytest
 
 from outrider.bundle import Trust, verify_bundle
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_it_trained_and_says_so(demo_run: dict[str, Any]) -> None:
