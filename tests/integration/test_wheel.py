@@ -35,7 +35,10 @@ def test_it_holds_the_three_packages_and_their_types(wheel: Path) -> None:
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
 
 
-@pytest.mark.parametrize(("extra", "engine"), [("tflite", "litert"), ("onnx", "onnxruntime"), ("tflite-legacy", "tflite_runtime")])
+ENGINE_OF_EXTRA = {"tflite": "litert", "onnx": "onnxruntime", "tflite-legacy": "tflite_runtime"}
+
+
+@pytest.mark.parametrize(("extra", "engine"), list(ENGINE_OF_EXTRA.items()))
 def test_one_engine_is_enough(wheel: Path, extra: str, engine: str, demo_run: dict[str, Any], tmp_path: Path) -> None:
     python = _environment(wheel, extra, tmp_path / "venv")
     source = tmp_path / "in.npz"
