@@ -36,11 +36,17 @@ class BoundSession:
         self.interface = interface
         self._session = session
         self._lock = threading.Lock()
-        self._encode = [input_converter(s, b) for s, b in zip(interface.inputs, binding.inputs, strict=True)]
-        self._decode = [output_converter(s, b) for s, b in zip(interface.outputs, binding.outputs, strict=True)]
+        self._encode = _unless_plain(
+            [input_converter(s, b) for s, b in zip(interface.inputs, binding.inputs, strict=True)]
+        )
+        self._decode = _unless_plain(
+            [output_converter(s, b) for s, b in zip(interface.outputs, binding.outputs, strict=True)]
+        )
         self._names = tuple(spec.name for spec in interface.outputs)
         self._in_order = _positions("input", session.input_names, binding.inputs)
         self._out_order = _positions("output", session.output_names, binding.outputs)
+        every_output = list(range(len(session.output_names)))
+        self._in_file_order = self._in_order == sorted(self._in_order) and self._out_order == every_output
         self._batch_in = [_batch_axis(s, b) for s, b in zip(interface.inputs, binding.inputs, strict=True)]
         self._batch_out = [_batch_axis(s, b) for s, b in zip(interface.outputs, binding.outputs, strict=True)]
         self._fixed_rows = _fixed_rows(binding, self._batch_in)
@@ -77,13 +83,13 @@ class BoundSession:
             InferenceError: the engine failed.
         """
         start = time.perf_counter_ns()
-        encoded = [convert(array) for convert, array in zip(self._encode, arrays, strict=True)]
+        encoded = arrays if self._encode is None else _converted(self._encode, arrays)
         waiting = time.perf_counter_ns()
         with self._lock:
             begun = time.perf_counter_ns()
             raw = self._run_rows(encoded)
         ran = time.perf_counter_ns()
-        outputs = {name: convert(array) for name, convert, array in zip(self._names, self._decode, raw, strict=True)}
+        outputs = dict(zip(self._names, raw if self._decode is None else _converted(self._decode, raw)))  # noqa: B905
         done = time.perf_counter_ns()
         timing = Timing(
             queue=(begun - waiting) / 1e6,
@@ -99,10 +105,13 @@ class BoundSession:
         with self._lock:
             self._session.close()
 
-    def _run_rows(self, encoded: list[Array]) -> list[Array]:
+    def _run_rows(self, encoded: list[Array]) -> Sequence[Array]:
         """The file's outputs in the interface's order, for as many rows as ``encoded`` has."""
-        fixed, rows = self._fixed_rows, self._rows(encoded)
-        if fixed is None or rows is None or rows == fixed:
+        fixed = self._fixed_rows
+        if fixed is None:
+            return self._run_once(encoded)
+        rows = self._rows(encoded)
+        if rows is None or rows == fixed:
             return self._run_once(encoded)
         if rows == 0:
             return self._run_empty(encoded, fixed)
@@ -114,7 +123,9 @@ class BoundSession:
             for position, axis in enumerate(self._batch_out)
         ]
 
-    def _run_once(self, encoded: list[Array]) -> list[Array]:
+    def _run_once(self, encoded: list[Array]) -> Sequence[Array]:
+        if self._in_file_order:
+            return self._session.run(encoded)
         arranged = list(encoded)
         for position, array in zip(self._in_order, encoded, strict=True):
             arranged[position] = array
@@ -199,7 +210,7 @@ def output_converter(spec: TensorSpec, binding: TensorBinding) -> Convert:
 
 def _chain(steps: list[Convert]) -> Convert:
     if not steps:
-        return lambda x: x
+        return _identity
     if len(steps) == 1:
         return steps[0]
 
@@ -209,6 +220,19 @@ def _chain(steps: list[Convert]) -> Convert:
         return x
 
     return apply
+
+
+def _identity(x: Array) -> Array:
+    return x
+
+
+def _unless_plain(converters: list[Convert]) -> list[Convert] | None:
+    """None where no tensor is converted: then a call need not look at them one by one."""
+    return None if all(convert is _identity for convert in converters) else converters
+
+
+def _converted(converters: list[Convert], arrays: Sequence[Array]) -> list[Array]:
+    return [convert(array) for convert, array in zip(converters, arrays, strict=True)]
 
 
 def _quantizer(binding: TensorBinding) -> Convert:
