@@ -13,6 +13,11 @@ from typing import Any
 
 import pytest
 
+# OpenMP's waiting threads spin: with as many of them in each worker process as there are processors, two workers
+# that train at the same time took ten times as long. Child processes inherit it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 DemoCli = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -22,7 +27,7 @@ def demo_cli() -> DemoCli:
 
     def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "outrider.cli", "demo", "--json", *map(str, args)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=600)
+        return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
     return run
 
