@@ -12,21 +12,28 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from outrider_exporters.checkpoints import load_checkpoint
     from outrider_exporters.data import Data
     from outrider_exporters.export import export
-    from outrider_exporters.gates import GateResult, MaxDrop, MaxSize, MinMetric
+    from outrider_exporters.gates import GateResult, MaxDrop, MaxLatency, MaxMetric, MaxParityError, MaxSize, MinMetric
     from outrider_exporters.package import PackageReport, package
-    from outrider_exporters.passes import Distill, Progress, Prune, Quantize, Stage
+    from outrider_exporters.passes import QAT, Distill, Progress, Prune, Quantize, Stage
     from outrider_exporters.recipe import Recipe
     from outrider_exporters.report import ExportReport, VariantReport
+    from outrider_exporters.values import Metric
 
 __all__ = [
+    "QAT",
     "Data",
     "Distill",
     "ExportReport",
     "GateResult",
     "MaxDrop",
+    "MaxLatency",
+    "MaxMetric",
+    "MaxParityError",
     "MaxSize",
+    "Metric",
     "MinMetric",
     "PackageReport",
     "Progress",
@@ -36,17 +43,20 @@ __all__ = [
     "Stage",
     "VariantReport",
     "export",
+    "load_checkpoint",
     "package",
 ]
 
 _HOMES = {
+    "checkpoints": ("load_checkpoint",),
     "data": ("Data",),
     "export": ("export",),
-    "gates": ("GateResult", "MaxDrop", "MaxSize", "MinMetric"),
+    "gates": ("GateResult", "MaxDrop", "MaxLatency", "MaxMetric", "MaxParityError", "MaxSize", "MinMetric"),
     "package": ("PackageReport", "package"),
-    "passes": ("Distill", "Progress", "Prune", "Quantize", "Stage"),
+    "passes": ("QAT", "Distill", "Progress", "Prune", "Quantize", "Stage"),
     "recipe": ("Recipe",),
     "report": ("ExportReport", "VariantReport"),
+    "values": ("Metric",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

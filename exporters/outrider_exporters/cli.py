@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
+import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from outrider_runtimes.errors import ConfigError, MissingExtra
 
 if TYPE_CHECKING:
     from outrider.cli import Commands
     from outrider_exporters.passes import Progress
-    from outrider_exporters.recipe import RecipeFile
-
-NEEDED = ("model", "example", "outputs", "data", "evaluate")
-ALLOWED = (*NEEDED, "fit", "teacher")
-TOOLS = ("torch", "onnx", "onnxruntime", "litert_torch", "ai_edge_litert", "ai_edge_quantizer", "torch_pruning")
 
 
 def register(commands: Commands) -> None:
@@ -32,8 +25,8 @@ def register(commands: Commands) -> None:
         example="outrider export recipe.toml --output digits.outrider --key keys/release.key",
     )
     export.add_argument("recipe", type=Path, metavar="RECIPE.toml")
-    export.add_argument("--output", type=Path, required=True, metavar="FILE", help="the bundle to write")
-    export.add_argument("--key", type=Path, action="append", default=[], help="a private key that signs; repeatable")
+    _add_output(export)
+    export.add_argument("--report", type=Path, metavar="FILE", help="an .html report; the same as JSON beside it")
 
     package = commands.add(
         "package",
@@ -43,16 +36,21 @@ def register(commands: Commands) -> None:
         example="outrider package model.onnx --output model.outrider",
     )
     package.add_argument("file", type=Path, metavar="FILE", help="an .onnx or a .tflite file")
-    package.add_argument("--output", type=Path, required=True, metavar="FILE", help="the bundle to write")
+    _add_output(package)
     package.add_argument("--name", help="the bundle's name (default: made from the model file's)")
     package.add_argument("--version", type=int, default=1, help="the bundle's version (default: 1)")
-    package.add_argument("--key", type=Path, action="append", default=[], help="a private key that signs; repeatable")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the bundle to write")
+    parser.add_argument("--key", type=Path, action="append", default=[], help="a private key that signs; repeatable")
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:
     from outrider.bundle import load_private_key
     from outrider_exporters.export import export
     from outrider_exporters.recipe import RecipeFile
+    from outrider_exporters.recipe_model import arguments_from
 
     file = RecipeFile.from_toml(args.recipe)
     keys = [load_private_key(path) for path in args.key]
@@ -60,7 +58,7 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
         report = export(
             **arguments_from(file),
             recipe=file.recipe,
-            formats=file.formats,
+            formats=file.formats or None,
             targets=file.targets,
             gates=file.gates,
             name=file.name,
@@ -69,9 +67,17 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
             seed=file.seed,
             signing_keys=keys,
             output=args.output,
+            report=args.report,
+            command=_command(args),
             progress=_show,
         )
     return report.to_dict()
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command line, without the keys: where they are is nobody's business but the signer's."""
+    parts = ["outrider", "export", str(args.recipe), "--output", str(args.output)]
+    return shlex.join([*parts, *(["--report", str(args.report)] if args.report else [])])
 
 
 def _package(args: argparse.Namespace) -> dict[str, Any]:
@@ -80,60 +86,6 @@ def _package(args: argparse.Namespace) -> dict[str, Any]:
 
     keys = [load_private_key(path) for path in args.key]
     return package(args.file, output=args.output, name=args.name, version=args.version, signing_keys=keys).to_dict()
-
-
-def arguments_from(file: RecipeFile) -> dict[str, Any]:
-    """The arguments of ``export`` that the function named by ``model.source`` gives.
-
-    Raises:
-        ConfigError: the key is missing, there is no such function, it raised, or it gave other keys.
-        MissingExtra: it imports a tool that is not installed.
-    """
-    module_name, colon, function_name = file.source.partition(":")
-    if not (module_name and colon and function_name):
-        raise ConfigError(f"{file.path}: model.source is {file.source!r}", hint='[model] source = "module:function"')
-    where = f"{file.path}: model.source {file.source!r}"
-    function = getattr(_import(module_name, where), function_name, None)
-    if not callable(function):
-        raise ConfigError(f"{where}: the module has no function {function_name!r}")
-    given = _call(function, where)
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"{where} gave a {type(given).__name__}, expected a mapping with {', '.join(NEEDED)}")
-    for key in given:
-        if key not in ALLOWED:
-            raise ConfigError(f"{where} gave an unknown key {key!r}", hint=f"the keys are {', '.join(ALLOWED)}")
-    for key in NEEDED:
-        if key not in given:
-            raise ConfigError(f"{where} gave no {key!r}", hint=f"it must give {', '.join(NEEDED)}")
-    return dict(given)
-
-
-def _import(name: str, where: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        _raise_missing_tool(error)
-        raise ConfigError(
-            f"{where}: there is no module {error.name!r}", hint="the module stands beside the recipe, or is installed"
-        ) from error
-    except Exception as error:
-        raise ConfigError(f"{where}: importing it raised {type(error).__name__}: {error}") from error
-
-
-def _call(function: Callable[[], Any], where: str) -> Any:
-    try:
-        return function()
-    except ModuleNotFoundError as error:
-        _raise_missing_tool(error)
-        raise ConfigError(f"{where}: there is no module {error.name!r}") from error
-    except Exception as error:
-        raise ConfigError(f"{where} raised {type(error).__name__}: {error}") from error
-
-
-def _raise_missing_tool(error: ModuleNotFoundError) -> None:
-    package = (error.name or "").partition(".")[0]
-    if package in TOOLS:
-        raise MissingExtra(package, extra="export", purpose="outrider export") from error
 
 
 @contextlib.contextmanager
@@ -147,8 +99,11 @@ def _on_path(folder: Path) -> Iterator[None]:
 
 
 def _show(progress: Progress) -> None:
+    from outrider_exporters.progress import duration_text
+
     text = progress.message or f"{progress.done} of {progress.total}"
-    print(f"{progress.step}: {text}", file=sys.stderr, flush=True)
+    left = "" if progress.left_s is None else f" (about {duration_text(progress.left_s)} left)"
+    print(f"{progress.step}: {text}{left}", file=sys.stderr, flush=True)
 
 
 def _render_export(result: dict[str, Any]) -> str:

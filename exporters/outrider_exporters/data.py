@@ -79,24 +79,6 @@ def inputs_of_test(test: Any, interface: Interface) -> Tensors | None:
     return None
 
 
-def golden_rows(data: Data, interface: Interface, *, rows: int, seed: int) -> tuple[dict[str, Array], str]:
-    """Rows for the golden check, never out of the training data.
-
-    Returns:
-        At most ``rows`` rows by input name, drawn without replacement, and the part that they come from.
-
-    Raises:
-        ConfigError: neither ``data.test`` nor ``data.calibration`` holds arrays.
-    """
-    for part, inputs in (("test", inputs_of_test(data.test, interface)), ("calibration", data.calibration)):
-        if inputs is not None:
-            return draw_rows(inputs, interface, rows=rows, seed=seed), part
-    raise ConfigError(
-        "there are no rows for the golden check: data.test is not (inputs, targets) and data.calibration is None",
-        hint="pass data.calibration, arrays by input name",
-    )
-
-
 def draw_rows(inputs: Tensors, interface: Interface, *, rows: int, seed: int) -> dict[str, Array]:
     """At most ``rows`` rows in their order, the same for the same seed. Inputs without a batch axis are kept whole."""
     total = check_rows(inputs, interface, part="rows")

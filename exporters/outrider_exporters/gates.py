@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Protocol
 
-from outrider_exporters.values import check_fields
+from outrider_exporters.values import Metric, check_fields
 from outrider_runtimes.errors import ConfigError
 
 Metrics = Mapping[str, float]
@@ -26,12 +26,16 @@ class Figures:
         variant: its name.
         metrics: what ``evaluate`` gave on the device's engine.
         size_bytes: of its file.
+        latency_ms: the median time of one row on the exporting host.
+        parity: the largest difference from the torch network, as a share of the output's range.
         steps: (what was done, metrics after it), from the baseline to this variant, both included.
     """
 
     variant: str
     metrics: Metrics
     size_bytes: int
+    latency_ms: float = math.nan
+    parity: float = math.nan
     steps: tuple[Step, ...] = ()
 
 
@@ -46,6 +50,7 @@ class GateResult:
         passed: whether the figure meets the bound.
         text: both in words.
         blame: for a missed metric, the step that lost most and the figure after each step; else empty.
+        layers: for what quantization lost, the layers whose error grew most, in words; filled in by ``export``.
     """
 
     gate: Mapping[str, Any]
@@ -55,6 +60,7 @@ class GateResult:
     passed: bool
     text: str
     blame: str = ""
+    layers: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As the report stores it."""
@@ -77,13 +83,17 @@ class Gate(Protocol):
 
 @dataclass(frozen=True)
 class MaxDrop:
-    """A metric in 0..1, higher is better, may fall at most so many percentage points below the original model's.
+    """A metric in 0..1 may get worse by at most so many percentage points against the original model's.
 
     >>> MaxDrop("accuracy", points=1.0)
     MaxDrop(metric='accuracy', points=1.0)
+
+    Attributes:
+        metric: its name, where higher is better, else a Metric.
+        points: hundredths, 0 or more.
     """
 
-    metric: str
+    metric: str | Metric
     points: float = field(kw_only=True)
     kind: ClassVar[str] = "max_drop"
 
@@ -92,25 +102,27 @@ class MaxDrop:
 
     def requires(self, baseline: Metrics) -> str:
         """The metric exists and is in 0..1."""
-        missing = _missing(self.metric, baseline)
-        if missing or 0.0 <= baseline[self.metric] <= 1.0:
+        name = metric_of(self.metric).name
+        missing = _missing(name, baseline)
+        if missing or 0.0 <= baseline[name] <= 1.0:
             return missing
-        return f"metric {self.metric!r} is {baseline[self.metric]:g}, points are of a metric in 0..1; use MinMetric"
+        return f"metric {name!r} is {baseline[name]:g}, points are of a metric in 0..1; use MinMetric or MaxMetric"
 
     def judge(self, figures: Figures, baseline: Metrics) -> GateResult:
         """Points lost against the bound."""
-        reached = figures.metrics[self.metric]
-        drop_points = (baseline[self.metric] - reached) * 100.0
-        allowed = self.points + SLACK_POINTS
-        return GateResult(
-            gate=gate_to_dict(self),
-            variant=figures.variant,
-            figure=drop_points,
+        metric = metric_of(self.metric)
+        reached, original = figures.metrics[metric.name], baseline[metric.name]
+        lost_points = loss(metric, original, reached) * 100.0
+        side = "below" if metric.higher_is_better == (lost_points >= 0.0) else "above"
+        return _metric_result(
+            self,
+            metric,
+            figures,
+            figure=lost_points,
             bound=self.points,
-            passed=drop_points <= allowed,
-            text=f"{self.metric} is {reached:.4f}, {drop_points:.2f} points below the original model's "
-            f"{baseline[self.metric]:.4f}; at most {self.points:g} are allowed",
-            blame=blame(figures.steps, self.metric) if drop_points > allowed else "",
+            passed=lost_points <= self.points + SLACK_POINTS,
+            text=f"{metric.name} is {reached:.4f}, {abs(lost_points):.2f} points {side} the original model's "
+            f"{original:.4f}; at most {self.points:g} are allowed",
         )
 
 
@@ -118,28 +130,63 @@ class MaxDrop:
 class MinMetric:
     """A metric, higher is better, must reach a value."""
 
-    metric: str
+    metric: str | Metric
     at_least: float = field(kw_only=True)
     kind: ClassVar[str] = "min_metric"
 
     def __post_init__(self) -> None:
         _check_bound(self, "at_least", low=-math.inf)
+        if not metric_of(self.metric).higher_is_better:
+            raise ConfigError("of this metric lower is better", hint="MaxMetric(metric, at_most=...)")
 
     def requires(self, baseline: Metrics) -> str:
         """The metric exists."""
-        return _missing(self.metric, baseline)
+        return _missing(metric_of(self.metric).name, baseline)
 
     def judge(self, figures: Figures, baseline: Metrics) -> GateResult:
         """The metric against the bound."""
-        reached = figures.metrics[self.metric]
-        return GateResult(
-            gate=gate_to_dict(self),
-            variant=figures.variant,
+        metric = metric_of(self.metric)
+        reached = figures.metrics[metric.name]
+        return _metric_result(
+            self,
+            metric,
+            figures,
             figure=reached,
             bound=self.at_least,
             passed=reached >= self.at_least,
-            text=f"{self.metric} is {reached:.4f}, at least {self.at_least:g} is required",
-            blame=blame(figures.steps, self.metric) if reached < self.at_least else "",
+            text=f"{metric.name} is {reached:.4f}, at least {self.at_least:g} is required",
+        )
+
+
+@dataclass(frozen=True)
+class MaxMetric:
+    """A metric, lower is better, must stay at or below a value; a name alone stands for such a metric here."""
+
+    metric: str | Metric
+    at_most: float = field(kw_only=True)
+    kind: ClassVar[str] = "max_metric"
+
+    def __post_init__(self) -> None:
+        _check_bound(self, "at_most", low=-math.inf)
+        if isinstance(self.metric, Metric) and self.metric.higher_is_better:
+            raise ConfigError("of this metric higher is better", hint="MinMetric(metric, at_least=...)")
+
+    def requires(self, baseline: Metrics) -> str:
+        """The metric exists."""
+        return _missing(metric_of(self.metric).name, baseline)
+
+    def judge(self, figures: Figures, baseline: Metrics) -> GateResult:
+        """The metric against the bound."""
+        metric = Metric(metric_of(self.metric).name, higher_is_better=False)
+        reached = figures.metrics[metric.name]
+        return _metric_result(
+            self,
+            metric,
+            figures,
+            figure=reached,
+            bound=self.at_most,
+            passed=reached <= self.at_most,
+            text=f"{metric.name} is {reached:.4f}, at most {self.at_most:g} is allowed",
         )
 
 
@@ -169,7 +216,66 @@ class MaxSize:
         )
 
 
-GATES: dict[str, type[Any]] = {gate.kind: gate for gate in (MaxDrop, MinMetric, MaxSize)}
+@dataclass(frozen=True)
+class MaxLatency:
+    """One row may take a variant at most so many milliseconds: the median on the exporting host, one thread.
+
+    ``export`` refuses it for a target that this host cannot speak for; see ``choose.speaks_for``.
+    """
+
+    ms: float = field(kw_only=True)
+    kind: ClassVar[str] = "max_latency"
+
+    def __post_init__(self) -> None:
+        _check_bound(self, "ms", low=0.0)
+
+    def requires(self, baseline: Metrics) -> str:
+        """Nothing of the metrics."""
+        return ""
+
+    def judge(self, figures: Figures, baseline: Metrics) -> GateResult:
+        """The host's median against the bound."""
+        return GateResult(
+            gate=gate_to_dict(self),
+            variant=figures.variant,
+            figure=figures.latency_ms,
+            bound=self.ms,
+            passed=figures.latency_ms <= self.ms,
+            text=f"one row takes {figures.latency_ms:.3f} ms on this host, at most {self.ms:g} are allowed",
+        )
+
+
+@dataclass(frozen=True)
+class MaxParityError:
+    """A variant's outputs may differ from the torch network's by at most such a share of the output's range."""
+
+    share: float = field(kw_only=True)
+    kind: ClassVar[str] = "max_parity_error"
+
+    def __post_init__(self) -> None:
+        _check_bound(self, "share", low=0.0)
+
+    def requires(self, baseline: Metrics) -> str:
+        """Nothing of the metrics."""
+        return ""
+
+    def judge(self, figures: Figures, baseline: Metrics) -> GateResult:
+        """The largest difference against the bound."""
+        return GateResult(
+            gate=gate_to_dict(self),
+            variant=figures.variant,
+            figure=figures.parity,
+            bound=self.share,
+            passed=figures.parity <= self.share,
+            text=f"its outputs differ from the torch network's by {figures.parity:.3g} of their range, "
+            f"at most {self.share:g} is allowed",
+        )
+
+
+GATES: dict[str, type[Any]] = {
+    gate.kind: gate for gate in (MaxDrop, MinMetric, MaxMetric, MaxSize, MaxLatency, MaxParityError)
+}
+QUANTIZATION_GATES = ("max_drop", "min_metric", "max_metric", "max_parity_error")  # on what it can lose
 
 
 def gate_to_dict(gate: Gate) -> dict[str, Any]:
@@ -193,20 +299,63 @@ def judge(gates: Sequence[Gate], variants: Sequence[Figures], baseline: Metrics)
 
 
 def explain(missed: Sequence[GateResult]) -> str:
-    """The missed gates in one line each: variant, figure, bound and the steps to blame."""
-    lines = [f"{r.variant} missed {r.gate['type']}: {r.text}" + (f" ({r.blame})" if r.blame else "") for r in missed]
+    """The missed gates in one line each: variant, figure, bound, and the steps and layers to blame."""
+    lines = []
+    for result in missed:
+        reasons = "; ".join(reason for reason in (result.blame, result.layers) if reason)
+        lines.append(
+            f"{result.variant} missed {result.gate['type']}: {result.text}" + (f" ({reasons})" * bool(reasons))
+        )
     return "; ".join(lines)
 
 
-def blame(steps: Sequence[Step], metric: str) -> str:
-    """Which step lost most, and the metric after each: ``most was lost in prune; baseline 0.97, after prune 0.91``."""
-    values = [(label, metrics[metric]) for label, metrics in steps]
+def blame(steps: Sequence[Step], metric: str | Metric) -> str:
+    """Which step lost most, and the metric after each: ``most was lost after prune; baseline 0.97, after prune 0.91``.
+
+    Of a metric that is better when lower, the step after which it rose most.
+    """
+    metric = metric_of(metric)
+    values = [(label, metrics[metric.name]) for label, metrics in steps]
     if len(values) < 2:
         return ""
-    losses = [(before[1] - after[1], after[0]) for before, after in itertools.pairwise(values)]
+    losses = [(loss(metric, before[1], after[1]), after[0]) for before, after in itertools.pairwise(values)]
     worst, label = max(losses, key=lambda item: item[0])
     trail = ", ".join(f"{label} {value:.4f}" for label, value in values)
     return f"most was lost {label}; {trail}" if worst > 0 else trail
+
+
+def metric_of(metric: str | Metric) -> Metric:
+    """A name alone stands for a metric of which higher is better."""
+    return metric if isinstance(metric, Metric) else Metric(metric)
+
+
+def gated_metric(gates: Sequence[Gate]) -> Metric | None:
+    """The metric of the first gate on one, with its direction; None when no gate names a metric."""
+    for gate in gates:
+        if isinstance(gate, MaxMetric):
+            return Metric(metric_of(gate.metric).name, higher_is_better=False)
+        if isinstance(gate, MaxDrop | MinMetric):
+            return metric_of(gate.metric)
+    return None
+
+
+def loss(metric: Metric, before: float, after: float) -> float:
+    """By how much a metric got worse; below 0 when it got better."""
+    return before - after if metric.higher_is_better else after - before
+
+
+def _metric_result(
+    gate: Gate, metric: Metric, figures: Figures, *, figure: float, bound: float, passed: bool, text: str
+) -> GateResult:
+    return GateResult(
+        gate=gate_to_dict(gate),
+        variant=figures.variant,
+        figure=figure,
+        bound=bound,
+        passed=passed,
+        text=text,
+        blame="" if passed else blame(figures.steps, metric),
+    )
 
 
 def _missing(metric: str, baseline: Metrics) -> str:
@@ -217,6 +366,8 @@ def _missing(metric: str, baseline: Metrics) -> str:
 
 def _check_bound(gate: Gate, name: str, *, low: float) -> None:
     check_fields(gate)
+    if isinstance(gate, MaxDrop | MinMetric | MaxMetric):
+        metric_of(gate.metric)  # a Metric checks its name
     value = getattr(gate, name)
     if not value >= low:
         bound = "a number" if low == -math.inf else f"a number of {low:g} or more"

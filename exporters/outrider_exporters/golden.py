@@ -11,7 +11,7 @@ from outrider_exporters.convert.files import output_range
 from outrider_exporters.rows import Predict, count_rows
 from outrider_runtimes.errors import ExportError
 from outrider_runtimes.golden import DecisionCheck, compare
-from outrider_runtimes.tensors import Array, Interface, Tensors, check_inputs
+from outrider_runtimes.tensors import Array, Interface, Tensors, check_named
 
 # How far another engine version or CPU may be from the answers of the machine that made the bundle, as a share of
 # the output's range. Float kernels sum in another order. Int8 kernels round halves differently, and one step in an
@@ -46,7 +46,7 @@ def build_golden(
         ExportError: an answer is not finite or empty, or a variant's own decisions miss the check.
     """
     decision = decision or DecisionCheck()
-    checked = dict(zip([spec.name for spec in interface.inputs], check_inputs(interface, inputs), strict=True))
+    checked = check_named(interface, inputs)
     rows = count_rows(checked, interface)
     if rows < 1:
         raise ExportError("the golden needs one row of inputs at least")

@@ -9,25 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outrider.bundle.manifest import NAME
-from outrider_exporters.data import Data, check_data, golden_rows
-from outrider_exporters.gates import Gate
+from outrider.bundle.manifest import FORMATS, NAME
+from outrider_exporters.choose import formats_of, resolved, speaks_for
+from outrider_exporters.data import Data, check_data, check_rows
+from outrider_exporters.gates import Gate, MaxLatency
 from outrider_exporters.measure import Evaluate
 from outrider_exporters.passes import PassContext
 from outrider_exporters.recipe import Recipe
-from outrider_runtimes.engines import engine_named
+from outrider_runtimes.board import Board
 from outrider_runtimes.errors import ConfigError, MissingExtra
 from outrider_runtimes.targets import target_named
-from outrider_runtimes.tensors import Interface
+from outrider_runtimes.tensors import Interface, Tensors
 
-FORMATS = ("onnx", "tflite")
 TOOLS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "tflite": ("litert_torch", "ai_edge_litert")}
 QUANTIZERS = {"onnx": ("onnxruntime",), "tflite": ("ai_edge_quantizer",)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What was asked for, checked; the arguments of ``export``."""
+    """What was asked for, checked; the arguments of ``export``, and the host that it runs on."""
 
     name: str
     version: int
@@ -39,6 +39,9 @@ class Job:
     signing_keys: tuple[Any, ...]
     evaluate: Evaluate
     context: PassContext
+    host: Board
+    golden: Tensors | None = None
+    report: Path | None = None
 
     @property
     def interface(self) -> Interface:
@@ -69,18 +72,47 @@ def check_job(job: Job) -> None:
         raise ConfigError(f"formats is {job.formats}, expected one or both of {', '.join(FORMATS)}")
     if not callable(job.evaluate):
         raise ConfigError("evaluate is not a function", hint='evaluate(predict, test) -> {"accuracy": 0.97}')
-    folder = job.output.absolute().parent
-    if job.output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError(f"{job.output} cannot be written", hint="output names a file in a folder that can be written")
+    _check_writable(job.output, "output")
+    if job.report is not None:
+        _check_report(job.report)
     _check_tools(job)
     check_targets(job.targets, job.formats)
+    check_latency_gates(job.gates, job.targets, job.host)
     _check_labels(job.interface)
     for position, key in enumerate(job.signing_keys):
         _check_key(key, position)
     check_data(job.data, job.interface)
+    if job.golden is not None:
+        check_rows(job.golden, job.interface, part="golden")
     for item in job.recipe.passes:
         item.requires(job.context)
-    golden_rows(job.data, job.interface, rows=1, seed=0)
+
+
+def check_latency_gates(gates: Sequence[Gate], targets: Sequence[str], host: Board) -> None:
+    """Refuse a bound on latency for a target of which this host can measure none. Raises ConfigError."""
+    for position, gate in enumerate(gates):
+        for name in targets if isinstance(gate, MaxLatency) else ():
+            target = resolved(name, host)
+            if not speaks_for(host, target):
+                raise ConfigError(
+                    f"gates[{position}] ({gate.kind}): latency is measured on this host ({host.machine}), whose int8 "
+                    f"instructions are not those of target {name!r}",
+                    hint="leave the gate out and measure on the board, or export for targets=('native',)",
+                )
+
+
+def _check_writable(path: Path, what: str) -> None:
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"{path} cannot be written", hint=f"{what} names a file in a folder that can be written")
+
+
+def _check_report(path: Path) -> None:
+    _check_writable(path, "report")
+    if path.suffix not in (".html", ".htm"):
+        raise ConfigError(f"report is {path}, expected an .html file", hint="the same as JSON is written beside it")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtra("matplotlib", extra="demo", purpose="the report's plots")
 
 
 def _check_tools(job: Job) -> None:
@@ -113,8 +145,7 @@ def _check_key(key: Any, position: int) -> None:
 def check_targets(targets: Sequence[str], formats: Sequence[str]) -> None:
     """Raises ConfigError for a board that nothing is known of, or one whose engines run none of the formats."""
     for name in targets:
-        target = target_named(name)
-        runs = {model_format for engine in target.engines for model_format in engine_named(engine).formats}
+        runs = formats_of(target_named(name))
         if not runs.intersection(formats):
             raise ConfigError(
                 f"target {name!r} runs {', '.join(sorted(runs))}, formats is {tuple(formats)}",

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from outrider.bundle import Golden, Variant, write_bundle
-from outrider_exporters.data import Data, golden_rows
-from outrider_exporters.gates import GateResult
+from outrider_exporters.data import Data, draw_rows, inputs_of_test
 from outrider_exporters.job import Job
 from outrider_exporters.measure import LATENCY_THREADS
 from outrider_exporters.passes import Progress, Stage
 from outrider_exporters.report import VariantReport
-from outrider_exporters.rows import count_rows, example_rows
+from outrider_exporters.rows import Predict, count_rows, example_rows
+from outrider_runtimes.board import Board
 from outrider_runtimes.golden import DecisionCheck
-from outrider_runtimes.tensors import Interface, Tensors
+from outrider_runtimes.tensors import Array, Interface, Tensors
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from outrider_exporters.convert import ModelFile
+    from outrider_exporters.deciding import Decision
 
 GOLDEN_ROWS = (8, 64)
 GOLDEN_BYTES = 4 * 2**20
@@ -42,76 +41,169 @@ DISTRIBUTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """Variants with their files, and the torch network that they were made from."""
+    """Measured files, and the answers of the model that they were made from.
 
-    network: nn.Module
+    Attributes:
+        reference: the model's answers.
+        files, variants: by variant name, and in the order in which they were made.
+        slots: by variant name, the variant of the recipe that it is a form of.
+        failed: why a form could not be made, by the name that it would have had.
+    """
+
+    reference: Predict
     files: Mapping[str, ModelFile]
     variants: tuple[VariantReport, ...]
+    slots: Mapping[str, str] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
 
 
-def write(
-    job: Job, built: Built, baseline: Stage, stages: Sequence[Stage], results: Sequence[GateResult]
-) -> tuple[dict[str, Any], str]:
-    """Write the bundle. Gives where its golden rows come from, and its digest."""
+@dataclass(frozen=True, kw_only=True)
+class GoldenRows:
+    """The inputs of the golden check, and where they come from.
+
+    Attributes:
+        inputs: by name.
+        rows: how many.
+        origin: ``given``, ``test`` or ``generated``.
+        trained_on: how many of them are in ``data.train``; above 0 only where the caller gave them.
+    """
+
+    inputs: Tensors
+    rows: int
+    origin: str
+    trained_on: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the report and the manifest store it."""
+        return {"rows": self.rows, "from": self.origin, "trained_on": self.trained_on}
+
+
+def write(job: Job, built: Built, decision: Decision, golden_rows: GoldenRows, stages: Sequence[Stage]) -> str:
+    """Write the bundle with the variants that were decided for. Gives its digest.
+
+    Args:
+        stages: the original model's, then one a pass.
+    """
+    baseline, *passes = [_untimed(stage) for stage in stages]
     job.context.progress(Progress(step="bundle", done=0, total=1, message=str(job.output)))
-    golden, members, origin = _golden(job, built)
-    digest = write_bundle(
+    files = {variant.name: built.files[variant.name] for variant in decision.kept}
+    golden, members = _golden(job, built.reference, files, golden_rows)
+    return write_bundle(
         job.output,
         name=job.name,
         version=job.version,
         interface=job.interface,
-        variants=_variants(built),
+        variants=[_variant(report, files[report.name]) for report in decision.kept],
         golden=golden,
-        members={**members, **{_member(v, file.format): file.path for v, file in built.files.items()}},
+        members={**members, **{_member(v, file.format): file.path for v, file in files.items()}},
         provenance={
             "made_by": {"outrider": metadata.version("outrider")},
-            "environment": environment(),
+            "environment": environment(job.host),
             "recipe": job.recipe.to_dict(),
-            "baseline": baseline.to_dict(),
-            "stages": [stage.to_dict() for stage in stages],
-            "gates": [result.to_dict() for result in results],
+            "baseline": baseline,
+            "stages": passes,
+            "gates": [result.to_dict() for result in decision.results],
             "targets": list(job.targets),
-            "golden": origin,
+            "choices": [choice.to_dict() for choice in decision.choices],
+            "passed_over": dict(decision.dropped),
+            "golden": golden_rows.to_dict(),
             "seed": job.context.seed,
         },
         signing_keys=job.signing_keys,
     )
-    return origin, digest
 
 
-def _golden(job: Job, built: Built) -> tuple[Golden, dict[str, bytes], dict[str, Any]]:
-    """The golden, its members, and where its rows come from."""
+def choose_golden(job: Job) -> GoldenRows:
+    """The rows that the caller gave, else rows of the test part, else generated ones: never training data."""
+    if job.golden is not None:
+        rows = count_rows(job.golden, job.interface)
+        inputs = draw_rows(job.golden, job.interface, rows=rows, seed=0)
+        return GoldenRows(inputs=inputs, rows=rows, origin="given", trained_on=trained_on(inputs, job))
+    count = golden_count(job.context.example, job.interface)
+    test = inputs_of_test(job.data.test, job.interface)
+    if test is not None:
+        inputs, origin = draw_rows(test, job.interface, rows=count, seed=job.context.seed), "test"
+    else:
+        inputs, origin = generated_rows(job.context.example, job.interface, count, job.context.seed), "generated"
+    return GoldenRows(inputs=inputs, rows=count_rows(inputs, job.interface), origin=origin)
+
+
+def generated_rows(example: Tensors, interface: Interface, rows: int, seed: int) -> dict[str, Array]:
+    """Seeded random rows between the least and the greatest value of the interface's range, else of the example.
+
+    The first rows are the example's own.
+    """
+    rng = np.random.default_rng(seed)
+    tiled = example_rows(example, interface, rows)
+    given = count_rows(example, interface)
+    for spec in interface.inputs:
+        if not spec.batched:
+            continue
+        array = tiled[spec.name].copy()
+        low, high = spec.range or (array.min(), array.max())
+        fresh = array[given:]
+        if array.dtype.kind == "f":
+            array[given:] = rng.uniform(low, high, fresh.shape)
+        else:
+            array[given:] = rng.integers(int(low), int(high), fresh.shape, endpoint=True)
+        tiled[spec.name] = array
+    return tiled
+
+
+def sample_rows(job: Job, rows: int) -> dict[str, Array]:
+    """At most so many rows to compare answers and to take times on: of the test, the calibration or the golden part,
+    else generated."""
+    for inputs in (inputs_of_test(job.data.test, job.interface), job.data.calibration, job.golden):
+        if inputs is not None:
+            return draw_rows(inputs, job.interface, rows=rows, seed=job.context.seed)
+    return generated_rows(job.context.example, job.interface, rows, job.context.seed)
+
+
+def trained_on(inputs: Tensors, job: Job) -> int:
+    """How many of the rows are rows of ``data.train``, compared by their bytes."""
+    if job.data.train is None:
+        return 0
+    train = _row_bytes(job.data.train[0], job.interface)
+    return sum(row in set(train) for row in _row_bytes(inputs, job.interface))
+
+
+def _row_bytes(inputs: Tensors, interface: Interface) -> list[bytes]:
+    batched = [np.ascontiguousarray(inputs[spec.name]) for spec in interface.inputs if spec.batched]
+    return [b"".join(array[at].tobytes() for array in batched) for at in range(len(batched[0]) if batched else 0)]
+
+
+def _golden(
+    job: Job, reference: Predict, files: Mapping[str, ModelFile], rows: GoldenRows
+) -> tuple[Golden, dict[str, bytes]]:
+    """The golden and its members. Of generated rows no decision is asked: noise has no class."""
     from outrider_exporters.convert import predict_file
     from outrider_exporters.golden import build_golden
-    from outrider_exporters.sources import torch_predict
 
-    count = golden_count(job.context.example, job.interface)
-    inputs, part = golden_rows(job.data, job.interface, rows=count, seed=job.context.seed)
-    rows = count_rows(inputs, job.interface)
-    golden, members = build_golden(
+    generated = rows.origin == "generated"
+    return build_golden(
         job.interface,
-        inputs,
-        torch_predict(built.network, job.interface),
-        {variant: predict_file(file, job.interface) for variant, file in built.files.items()},
-        precisions={variant: file.precision for variant, file in built.files.items()},
-        decision=decision_for(job.interface, job.data, rows),
+        rows.inputs,
+        reference,
+        {variant: predict_file(file, job.interface) for variant, file in files.items()},
+        precisions={variant: file.precision for variant, file in files.items()},
+        decision=DecisionCheck() if generated else decision_for(job.interface, job.data, rows.rows),
     )
-    return golden, members, {"rows": rows, "from": part}
 
 
-def _variants(built: Built) -> list[Variant]:
-    host = environment()["host"]
-    return [
-        Variant(
-            name=report.name,
-            format=report.format,
-            precision=report.precision,
-            member=_member(report.name, report.format),
-            binding=built.files[report.name].binding,
-            measured={**report.to_dict(), "host": host},
-        )
-        for report in built.variants
-    ]
+def _untimed(stage: Stage) -> dict[str, Any]:
+    """A stage without how long it took, which is nobody's business but the report's."""
+    return {key: value for key, value in stage.to_dict().items() if key != "seconds"}
+
+
+def _variant(report: VariantReport, file: ModelFile) -> Variant:
+    return Variant(
+        name=report.name,
+        format=report.format,
+        precision=report.precision,
+        member=_member(report.name, report.format),
+        binding=file.binding,
+        measured=report.to_dict(),
+    )
 
 
 def _member(variant: str, kind: str) -> str:
@@ -140,14 +232,14 @@ def decision_for(interface: Interface, data: Data, rows: int) -> DecisionCheck:
     return DecisionCheck(kind="argmax", output=spec.name, axis=-1, min_agreement=max(0.0, round(1.0 - allowed, 4)))
 
 
-def environment() -> dict[str, Any]:
-    """Where the figures come from: the host, its CPU, the versions of the tools."""
+def environment(host: Board) -> dict[str, Any]:
+    """Where the figures come from: the kind of host, never its name, and the versions of the tools."""
     return {
-        "host": platform.node(),
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
+        "machine": host.machine,
+        "cpu_features": sorted(host.features),
+        "cpus": host.cpus,
         "threads": LATENCY_THREADS,
-        "python": platform.python_version(),
+        "python": host.python,
         "tools": {tool: version for tool in DISTRIBUTIONS if (version := _installed(tool))},
     }
 

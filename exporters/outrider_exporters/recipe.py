@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from outrider_exporters.gates import GATES, Gate, gate_to_dict
-from outrider_exporters.passes import TRANSFORMS, Distill, Pass, Prune, Quantize
-from outrider_exporters.values import WORDS, is_a
+from outrider_exporters.passes import QAT, TRANSFORMS, Distill, Pass, Prune, Quantize
+from outrider_exporters.values import METRIC, WORDS, Metric, is_a
 from outrider_runtimes.errors import ConfigError
 
-Transform = Prune | Distill | Quantize
+MODEL_KEYS = {"source": "source", "file": "model_file", "checkpoint": "checkpoint", "build": "build"}
+Transform = Prune | Distill | QAT | Quantize
 
 
 @dataclass(frozen=True, init=False)
@@ -81,15 +83,21 @@ class RecipeFile:
         path: of the file; empty where there is none.
         source: ``module:function``; the function gives ``export``'s ``model``, ``example``, ``outputs``, ``data`` and
             ``evaluate``, and ``fit`` and ``teacher`` where a pass needs them. Empty where the file has no ``[model]``.
+        model_file: ``model.file``, an ``.onnx`` or ``.tflite`` file instead of the function's ``model``.
+        checkpoint, build: ``model.checkpoint`` and ``model.build`` (``module:function``), a file of weights and what
+            builds the network for them, instead of the function's ``model``.
         name: the bundle's, or None for the output file's.
-        version, formats, targets, labels, seed: as ``export`` takes them.
+        version, formats, targets, labels, seed: as ``export`` takes them; no formats are all that can be made.
     """
 
     path: str = ""
     source: str = ""
+    model_file: str = ""
+    checkpoint: str = ""
+    build: str = ""
     name: str | None = None
     version: int = 1
-    formats: tuple[str, ...] = ("onnx", "tflite")
+    formats: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     seed: int = 0
@@ -102,6 +110,8 @@ class RecipeFile:
         import tomllib
 
         file = Path(path)
+        if file.exists() and not file.is_file():  # a pipe or a device would be read for ever
+            raise ConfigError(f"{file} is not a regular file")
         try:
             data = tomllib.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
@@ -121,13 +131,13 @@ class RecipeFile:
         model = data.get("model", {})
         if not isinstance(model, Mapping):
             raise ConfigError("model: expected a table", hint='[model] source = "module:function"')
-        _check_keys(model, {"source"}, "model")
+        _check_keys(model, set(MODEL_KEYS), "model")
         values: dict[str, Any] = {key: _value("int", data[key], key) for key in ("version", "seed") if key in data}
         values |= {key: _texts(data[key], key) for key in ("formats", "targets", "labels") if key in data}
         if "name" in data:
             values["name"] = _value("str", data["name"], "name")
         return cls(
-            source=_value("str", model.get("source", ""), "model.source"),
+            **{field: _value("str", model.get(key, ""), f"model.{key}") for key, field in MODEL_KEYS.items()},
             recipe=Recipe.from_dict({"passes": data.get("passes", [])}),
             gates=tuple(build(GATES, item, f"gates[{i}]") for i, item in enumerate(_tables(data, "gates"))),
             **values,
@@ -135,12 +145,38 @@ class RecipeFile:
 
     def to_dict(self) -> dict[str, Any]:
         """As the file says it; what is empty is left out."""
-        out: dict[str, Any] = {"model": {"source": self.source}} if self.source else {}
+        model = {key: getattr(self, field) for key, field in MODEL_KEYS.items() if getattr(self, field)}
+        out: dict[str, Any] = {"model": model} if model else {}
         if self.name is not None:
             out["name"] = self.name
         out |= {"version": self.version, "seed": self.seed}
         out |= {key: list(getattr(self, key)) for key in ("formats", "targets", "labels") if getattr(self, key)}
         return {**out, **self.recipe.to_dict(), "gates": [gate_to_dict(gate) for gate in self.gates]}
+
+
+def to_toml(data: Mapping[str, Any]) -> str:
+    """A recipe file of ``RecipeFile.to_dict()``."""
+    lines = [f"{key} = {_toml(value)}" for key, value in data.items() if not _is_table(value)]
+    for key, value in data.items():
+        tables = [(f"[{key}]", value)] if isinstance(value, Mapping) else []
+        if isinstance(value, list) and _is_table(value):
+            tables = [(f"[[{key}]]", item) for item in value]
+        for header, items in tables:
+            lines += ["", header, *(f"{name} = {_toml(item)}" for name, item in items.items() if item is not None)]
+    return "\n".join(lines) + "\n"
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(item, Mapping) for item in value))
+
+
+def _toml(value: Any) -> str:
+    """One value. JSON's are TOML's too, but for characters beyond ASCII and for DEL, which TOML wants escaped."""
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(f'{key} = {_toml(item)}' for key, item in value.items())} }}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_toml(item) for item in value)}]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def build(kinds: Mapping[str, type[Any]], table: Any, path: str) -> Any:
@@ -157,12 +193,17 @@ def build(kinds: Mapping[str, type[Any]], table: Any, path: str) -> Any:
             f"{path}.type: {'missing' if kind is None else f'unknown: {kind!r}'}", hint=_near(kind, kinds)
         )
     cls = kinds[kind]
+    _check_keys(table, {"type", *(f.name for f in dataclasses.fields(cls))}, path)
+    return _fill(cls, {key: value for key, value in table.items() if key != "type"}, path, kind)
+
+
+def _fill(cls: type[Any], table: Mapping[str, Any], path: str, what: str) -> Any:
+    """A dataclass from a table of its fields, whose keys are known."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    _check_keys(table, {"type", *fields}, path)
-    values = {key: _value(str(fields[key].type), table[key], f"{path}.{key}") for key in table if key != "type"}
+    values = {key: _value(str(fields[key].type), value, f"{path}.{key}") for key, value in table.items()}
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING:
-            raise ConfigError(f"{path}.{name}: missing", hint=f"{kind} needs it")
+            raise ConfigError(f"{path}.{name}: missing", hint=f"{what} needs it")
     try:
         return cls(**values)
     except ConfigError as error:
@@ -181,6 +222,9 @@ def _near(wrong: object, known: Mapping[str, Any] | set[str]) -> str:
 
 
 def _value(type_name: str, value: Any, path: str) -> Any:
+    if type_name == METRIC and isinstance(value, Mapping):
+        _check_keys(value, {f.name for f in dataclasses.fields(Metric)}, path)
+        return _fill(Metric, value, path, "a metric")
     if not is_a(type_name, value):
         raise ConfigError(f"{path}: expected {WORDS[type_name]}, not {value!r}")
     return float(value) if type_name == "float" else value

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from outrider_exporters.choose import Choice
 from outrider_exporters.gates import GateResult
+from outrider_exporters.layers import LayerError
 from outrider_exporters.passes.base import Stage
 
 
@@ -22,6 +24,8 @@ class VariantReport:
         metrics: what ``evaluate`` gave, on the device's engine.
         latency_host_ms_p50: the median time of one row on the exporting host, one thread; not a board's.
         parity: the largest difference from the torch network, as a share of the output's range.
+        targets: by the name of each target that it was chosen for, whether its latency was measured.
+        note: what has to be said of it, such as that it is no faster than float32; else empty.
     """
 
     name: str
@@ -32,6 +36,8 @@ class VariantReport:
     metrics: Mapping[str, float]
     latency_host_ms_p50: float
     parity: float
+    targets: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON stores it."""
@@ -44,25 +50,35 @@ class VariantReport:
             "metrics": dict(self.metrics),
             "latency_host_ms_p50": self.latency_host_ms_p50,
             "parity": self.parity,
+            "targets": dict(self.targets),
+            "note": self.note,
         }
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """A finished export.
+    """An export: a finished one, or one that missed a gate, of which only the report was written.
 
     Attributes:
         name, version: the bundle's.
         baseline: the original model.
         stages: the network after each pass.
-        variants: what the bundle holds.
-        gates: every gate on every variant; all passed.
-        bundle, digest, size_bytes: the file that was written, its identity and its size.
-        golden: ``rows`` and the part of the data that they come from.
+        variants: what the bundle holds; of an export that missed a gate, what missed it.
+        gates: every gate on every variant; all passed where there is a bundle.
+        bundle, digest, size_bytes: the file that was written, its identity and its size; without a bundle the last
+            two are empty and 0.
+        golden: ``rows``, where they come from, and how many of them are training rows.
         environment: the host that measured, its threads, and the versions of the tools.
         recipe: the recipe as data.
         targets: what the bundle was made for.
         seconds: the whole export took.
+        asked: what was asked for besides the recipe, as a recipe file says it.
+        command: the command that did it, where there was one.
+        choices: what each target got, and why it did not get the rest.
+        passed_over: candidates that were measured and are not in the bundle.
+        dropped: why, by the name of the candidate.
+        layers: by the name of a quantized variant, the error of each of its layers; of every one in the bundle where
+            a report was asked for, else of those that missed a gate.
     """
 
     name: str
@@ -80,6 +96,12 @@ class ExportReport:
     targets: tuple[str, ...] = ()
     seconds: float = 0.0
     seed: int = 0
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
+    choices: tuple[Choice, ...] = ()
+    passed_over: tuple[VariantReport, ...] = ()
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    layers: Mapping[str, tuple[LayerError, ...]] = field(default_factory=dict)
 
     def variant(self, name: str) -> VariantReport:
         """The variant of that name. Raises KeyError."""
@@ -104,4 +126,10 @@ class ExportReport:
             "targets": list(self.targets),
             "seconds": round(self.seconds, 3),
             "seed": self.seed,
+            "asked": dict(self.asked),
+            "command": self.command,
+            "choices": [choice.to_dict() for choice in self.choices],
+            "passed_over": [variant.to_dict() for variant in self.passed_over],
+            "dropped": dict(self.dropped),
+            "layers": {name: [layer.to_dict() for layer in layers] for name, layers in self.layers.items()},
         }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from outrider_runtimes.tensors import BATCH_AXIS, Array, Interface, Tensors, check_inputs
+from outrider_runtimes.tensors import BATCH_AXIS, Array, Interface, Tensors, check_named
 
 Predict = Callable[[Tensors], dict[str, Array]]
 
@@ -31,7 +31,7 @@ def tile_rows(example: Tensors, axes: Mapping[str, str], rows: int) -> dict[str,
 
 def example_rows(example: Tensors, interface: Interface, rows: int) -> dict[str, Array]:
     """``tile_rows`` by the axes of an interface, in its order. Raises InputError for what it does not allow."""
-    ordered = dict(zip([spec.name for spec in interface.inputs], check_inputs(interface, example), strict=True))
+    ordered = check_named(interface, example)
     return tile_rows(ordered, {spec.name: spec.axes for spec in interface.inputs}, rows)
 
 

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from outrider_exporters.rows import Predict, count_rows, default_axes, tile_rows
+from outrider_exporters.source_checks import check_answers, check_kind, check_weights
+from outrider_exporters.source_keras import (
+    COPY_HINT,
+    call_keras,
+    check_copy,
+    is_channel_last,
+    is_keras,
+    trained_parameters,
+)
 from outrider_runtimes.errors import ExportError, FormatError
 from outrider_runtimes.tensors import BATCH_AXIS, DTYPES, Array, Interface, Tensors, TensorSpec, check_inputs
 
@@ -31,12 +40,15 @@ class PositionalModule(nn.Module):
         self.module = evaluation_copy(module)
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
-        self._by_keyword = _takes_keywords(module, self._inputs)
+        self._keras = is_keras(module)
+        self._by_keyword = not self._keras and _takes_keywords(module, self._inputs)
         self.eval()
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """One tensor an input, in order; one tensor an output, in order."""
-        if self._by_keyword:
+        if self._keras:
+            result = call_keras(self.module, self._inputs, tensors, training=self.training)
+        elif self._by_keyword:
             result = self.module(**dict(zip(self._inputs, tensors, strict=True)))
         else:
             result = self.module(*tensors)
@@ -47,21 +59,34 @@ def evaluation_copy(module: nn.Module) -> nn.Module:
     """A deep copy on the CPU in evaluation mode, its weights checked.
 
     Raises:
-        ExportError: a weight or buffer is not finite, not float32 or has no shape, or the network cannot be copied.
+        ExportError: a weight or buffer is not finite, not float32 or has no shape, a layer is quantized or works with
+            the statistics of its batch, or the network cannot be copied.
     """
-    if not isinstance(module, nn.Module):
-        raise ExportError(
-            f"the model is a {type(module).__name__}, not a torch.nn.Module",
-            hint="an existing .onnx or .tflite file goes through outrider_exporters.package",
-        )
-    _check_weights(module)
+    check_kind(module)
+    check_weights(module)
     try:
-        return copy.deepcopy(module).cpu().eval().requires_grad_(False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Keras tells of the optimizer's state, which is not needed
+            copied: nn.Module = copy.deepcopy(module).cpu().eval().requires_grad_(False)
     except Exception as error:
         raise ExportError(
-            f"{type(module).__name__} cannot be copied: {error}",
-            hint="keep tensors that need gradients out of the module's attributes, or detach() them",
+            f"{type(module).__name__} cannot be copied: {_first_line(error)}",
+            hint=COPY_HINT
+            if is_keras(module)
+            else "keep tensors that need gradients out of the module's attributes, or detach() them",
         ) from error
+    if is_keras(module):
+        check_copy(copied, module)
+    return copied
+
+
+def trainable_copy(module: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> PositionalModule:
+    """A copy that passes may change, trainable where the original is."""
+    network = PositionalModule(module, inputs, outputs)
+    pairs = [trained_parameters(m) if is_keras(module) else m.parameters() for m in (network.module, module)]
+    for mine, original in zip(*pairs, strict=True):
+        mine.requires_grad_(original.requires_grad)
+    return network
 
 
 def interface_from_module(
@@ -78,7 +103,7 @@ def interface_from_module(
 
     The first axis of an input is the batch, N, unless ``axes`` says otherwise (``""`` for an input without one). Which
     outputs have a batch is found by running two batch sizes. Axes that are not named are taken as NCHW (4 axes,
-    float), NC (2 axes, float), NT (2 axes, integers), else as letters without a meaning.
+    float; NHWC for Keras), NC (2 axes, float), NT (2 axes, integers), else as letters without a meaning.
 
     Args:
         module: its ``forward`` gets the inputs by name where its parameters are called so, else in the example's order.
@@ -88,14 +113,18 @@ def interface_from_module(
         labels: what the classes are called.
 
     Raises:
-        ExportError: the network cannot run on the example, or not with another N, or a weight is not finite.
+        ExportError: the network cannot run on the example, or not with another N, or a weight is not finite; or its
+            answers are random, or those of a row depend on the rows beside it.
     """
     axes, ranges, meanings = axes or {}, ranges or {}, meanings or {}
     _check_names(example, outputs, axes, ranges, meanings)
-    given_axes = {name: axes.get(name, _axes_of(np.asarray(array))) for name, array in example.items()}
+    last = is_channel_last(module)
+    given_axes = {name: axes.get(name, _axes_of(np.asarray(array), last)) for name, array in example.items()}
     _check_example(example, given_axes)
     runner = PositionalModule(module, tuple(example), outputs)
-    small, large = (_run(runner, list(tile_rows(example, given_axes, rows).values()), outputs) for rows in PROBE_ROWS)
+    probes = [list(tile_rows(example, given_axes, rows).values()) for rows in PROBE_ROWS]
+    small, again, large = (_run(runner, probe, outputs) for probe in (probes[0], *probes))
+    check_answers(outputs, small, again, large)
 
     def spec(name: str, array: Array, letters: str) -> TensorSpec:
         shape = (None, *array.shape[1:]) if letters.startswith(BATCH_AXIS) else array.shape
@@ -113,7 +142,7 @@ def interface_from_module(
         return Interface(
             inputs=tuple(spec(name, np.asarray(array), given_axes[name]) for name, array in example.items()),
             outputs=tuple(
-                spec(name, first, axes.get(name, _output_axes(name, first, second)))
+                spec(name, first, axes.get(name, _output_axes(name, first, second, last)))
                 for name, first, second in zip(outputs, small, large, strict=True)
             ),
             labels=tuple(labels),
@@ -205,31 +234,15 @@ def _takes_keywords(module: nn.Module, names: Sequence[str]) -> bool:
     return set(names) <= named
 
 
-def _output_axes(name: str, small: Array, large: Array) -> str:
+def _output_axes(name: str, small: Array, large: Array, channel_last: bool) -> str:
     if small.shape == large.shape:
         return ""
     if small.shape[:1] + large.shape[:1] == PROBE_ROWS and small.shape[1:] == large.shape[1:]:
-        return _axes_of(small)
+        return _axes_of(small, channel_last)
     raise ExportError(
         f"output {name!r} has shape {list(small.shape)} for N = {PROBE_ROWS[0]} and {list(large.shape)} for "
         f"N = {PROBE_ROWS[1]}; only the first axis may follow N"
     )
-
-
-def _check_weights(module: nn.Module) -> None:
-    for kind, tensors in (("parameter", module.named_parameters()), ("buffer", module.named_buffers())):
-        for name, tensor in tensors:
-            if is_lazy(tensor):
-                raise ExportError(f"{kind} {name!r} has no shape yet", hint="run the network once before the export")
-            if tensor.is_floating_point() and tensor.dtype != torch.float32:
-                raise ExportError(f"{kind} {name!r} is {tensor.dtype}, expected torch.float32", hint="model.float()")
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                if kind == "buffer" and not bool(torch.isnan(tensor).any()):
-                    continue  # attention masks are buffers of minus infinity
-                raise ExportError(
-                    f"{kind} {name!r} has NaN or infinite values",
-                    hint="the training diverged: go back to a checkpoint from before it",
-                )
 
 
 def _check_names(example: Tensors, outputs: Sequence[str], *options: Mapping[str, Any]) -> None:
@@ -262,8 +275,9 @@ def _check_example(example: Tensors, axes: Mapping[str, str]) -> None:
         raise ExportError(f"the example's inputs have different numbers of rows: {sorted(rows)}")
 
 
-def _axes_of(array: Array) -> str:
-    return default_axes(array.ndim, array.dtype.name)
+def _axes_of(array: Array, channel_last: bool) -> str:
+    letters = default_axes(array.ndim, array.dtype.name)
+    return "NHWC" if channel_last and letters == "NCHW" else letters
 
 
 def _dtype_name(name: str, array: Array) -> str:

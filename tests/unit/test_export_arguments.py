@@ -13,7 +13,7 @@ import torch
 
 from outrider import cli
 from outrider_exporters import Data, Distill, MaxDrop, Prune, Quantize, Recipe
-from outrider_exporters.export import steps_to
+from outrider_exporters.deciding import steps_to
 from outrider_exporters.packing import decision_for, golden_count
 from outrider_exporters.passes import Stage
 from outrider_exporters.report import VariantReport
@@ -158,7 +158,7 @@ def test_importing_the_package_and_its_commands_is_light():
         "import outrider_exporters.export, outrider_exporters.package\n"
         "from outrider_exporters import *\n"
         "assert callable(export) and callable(package) and callable(outrider_exporters.export)\n"
-        "from outrider_exporters.export import steps_to\n"
+        "from outrider_exporters.export import LAYER_ROWS\n"
         "assert callable(outrider_exporters.export)\n"
         "assert not {'torch', 'onnx', 'onnxruntime', 'rich', 'litert_torch'} & set(sys.modules)\n"
         "assert set(outrider_exporters.__all__) <= set(dir(outrider_exporters))\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -10,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider_exporters import MaxDrop, MaxSize, MinMetric
-from outrider_exporters.gates import GATES, Figures, blame, check_gates, explain, gate_to_dict, judge
+from outrider_exporters import MaxDrop, MaxLatency, MaxMetric, MaxParityError, MaxSize, Metric, MinMetric
+from outrider_exporters.gates import GATES, Figures, blame, check_gates, explain, gate_to_dict, gated_metric, judge
+from outrider_exporters.job import check_latency_gates
+from outrider_runtimes.board import Board
 from outrider_runtimes.errors import ConfigError
 
 share = st.floats(0.0, 1.0, allow_nan=False)
@@ -150,4 +153,97 @@ def test_results_and_gates_are_json():
     for result in results:
         assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["variant"] == "onnx-int8"
     assert gate_to_dict(MaxDrop("accuracy", points=1.0)) == {"type": "max_drop", "metric": "accuracy", "points": 1.0}
-    assert set(GATES) == {"max_drop", "min_metric", "max_size"}
+    kinds = {"max_drop", "min_metric", "max_metric", "max_size", "max_latency", "max_parity_error"}
+    assert set(GATES) == kinds
+    error = Metric("error", higher_is_better=False)
+    stored = gate_to_dict(MaxDrop(error, points=1.0))
+    assert stored["metric"] == {"name": "error", "higher_is_better": False}
+
+
+ERROR = Metric("error", higher_is_better=False)
+
+
+def errors(value, **options):
+    return Figures(variant="onnx-int8", metrics={"error": value}, size_bytes=1, **options)
+
+
+def test_a_rise_of_a_metric_of_which_lower_is_better_is_a_drop():
+    risen, fallen = (judge([MaxDrop(ERROR, points=1.0)], [errors(v)], {"error": 0.10})[0] for v in (0.13, 0.05))
+    assert not risen.passed
+    assert risen.figure == pytest.approx(3.0)
+    assert "3.00 points above" in risen.text
+    assert fallen.passed
+    assert "5.00 points below" in fallen.text
+
+
+def test_blame_follows_the_direction():
+    steps = (("baseline", {"error": 0.1}), ("after prune", {"error": 0.4}), ("in onnx-int8", {"error": 0.3}))
+    assert blame(steps, ERROR).startswith("most was lost after prune")
+    assert not blame(steps, "error").startswith("most was lost after prune")
+
+
+@given(reached=share, at_most=share)
+def test_max_metric_compares_as_it_says(reached, at_most):
+    (result,) = judge([MaxMetric("error", at_most=at_most)], [errors(reached)], {"error": 0.5})
+    assert result.passed == (reached <= at_most)
+
+
+@pytest.mark.parametrize(
+    ("make", "hint"),
+    [
+        (lambda: MinMetric(ERROR, at_least=0.5), "MaxMetric"),
+        (lambda: MaxMetric(Metric("accuracy"), at_most=0.5), "MinMetric"),
+    ],
+)
+def test_a_bound_on_the_wrong_side_is_refused(make, hint):
+    with pytest.raises(ConfigError, match="is better") as caught:
+        make()
+    assert hint in caught.value.hint
+
+
+@given(st.floats(0.0, 10.0), st.floats(0.0, 10.0))
+def test_latency_and_parity_are_compared_with_their_bounds(figure, bound):
+    measured = errors(0.1, latency_ms=figure, parity=figure)
+    latency, parity = judge([MaxLatency(ms=bound), MaxParityError(share=bound)], [measured], {"error": 0.1})
+    assert latency.passed == parity.passed == (figure <= bound)
+    assert "on this host" in latency.text
+    assert "of their range" in parity.text
+
+
+def test_what_was_not_measured_meets_no_bound():
+    for result in judge([MaxLatency(ms=1e9), MaxParityError(share=1e9)], [errors(0.1)], {"error": 0.1}):
+        assert not result.passed
+
+
+def test_the_gated_metric_has_its_direction():
+    assert gated_metric([MaxSize(1), MaxDrop("accuracy", points=1.0)]) == Metric("accuracy")
+    assert gated_metric([MaxMetric("error", at_most=1.0)]) == ERROR
+    assert gated_metric([MaxDrop(ERROR, points=1.0), MinMetric("x", at_least=0)]) == ERROR
+    assert gated_metric([MaxSize(1), MaxLatency(ms=1.0)]) is None
+
+
+def test_layers_are_told_with_the_gate():
+    (result,) = judge([MinMetric("accuracy", at_least=0.99)], [figures(0.9)], {"accuracy": 0.9})
+    told = dataclasses.replace(result, layers="quantization error grows most in features.3 (Conv, +12.0%)")
+    assert explain([told]).endswith("(quantization error grows most in features.3 (Conv, +12.0%))")
+
+
+VNNI = Board(
+    machine="x86_64",
+    features=frozenset(["sse4_2", "avx", "avx2", "fma", "f16c", "avx512_vnni"]),
+    cpus=1,
+    memory_bytes=0,
+    python="3.11.9",
+)
+
+
+@pytest.mark.parametrize("targets", [(), ("native",)])
+def test_a_latency_is_bounded_where_this_host_speaks_for_the_target(targets):
+    check_latency_gates([MaxLatency(ms=1.0)], targets, VNNI)
+
+
+@pytest.mark.parametrize("targets", [("pi4",), ("native", "pi5"), ("x86-avx2",)])
+def test_a_latency_is_refused_for_a_target_with_other_int8_instructions(targets):
+    check_latency_gates([MaxSize(1)], targets, VNNI)
+    with pytest.raises(ConfigError, match=rf"gates\[1\] \(max_latency\).*{targets[-1]}"):
+        check_latency_gates([MaxSize(1), MaxLatency(ms=1.0)], targets, VNNI)

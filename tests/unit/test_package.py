@@ -12,7 +12,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from outrider.bundle import load_golden, open_bundle, verify_bundle
-from outrider_exporters.package import GOLDEN_ROWS, PackageReport, package
+from outrider_exporters.package import PackageReport, package
+from outrider_exporters.source_files import RANDOM_ROWS
 from outrider_runtimes.bound import BoundSession
 from outrider_runtimes.engines.litert import LiteRtEngine
 from outrider_runtimes.engines.onnxruntime import OnnxRuntimeEngine
@@ -146,7 +147,7 @@ def test_the_example_is_the_golden(tmp_path):
 def test_the_random_golden_says_so(tmp_path):
     report = package(save(tmp_path, "m.onnx", CONTENT["onnx"]), output=tmp_path / "a")
     with open_bundle(report.path) as bundle:
-        assert bundle.manifest.golden.rows == GOLDEN_ROWS
+        assert bundle.manifest.golden.rows == RANDOM_ROWS
         assert bundle.manifest.provenance["golden_inputs"] == "random, seed 20"
 
 

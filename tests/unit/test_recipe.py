@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import pytest
 from hypothesis import given
@@ -107,7 +108,7 @@ def test_a_whole_file(tmp_path):
 def test_an_empty_file_is_an_export_as_it_is(tmp_path):
     file = RecipeFile.from_toml(write(tmp_path, ""))
     assert file.recipe == Recipe()
-    assert file.formats == ("onnx", "tflite")
+    assert file.formats == ()  # all that can be made of the model
     assert file.gates == ()
 
 
@@ -133,7 +134,7 @@ def test_an_empty_file_is_an_export_as_it_is(tmp_path):
             "passes[1].temprature: unknown key",
             "did you mean 'temperature'?",
         ),
-        ("[[passes]]\ntype = 'prune'", "passes[0].ratio: missing", "prune needs it"),
+        ("[[passes]]\ntype = 'prune'", "passes[0]: ratio is 0.0", "Prune(macs=0.5)"),
         ("[[passes]]\ntype = 'prune'\nratio = '0.5'", "passes[0].ratio: expected a number, not '0.5'", ""),
         ("[[passes]]\ntype = 'prune'\nratio = true", "passes[0].ratio: expected a number", ""),
         ("[[passes]]\ntype = 'prune'\nratio = 1.5", "passes[0]: ratio is 1.5", ""),
@@ -199,3 +200,10 @@ def test_the_gates_of_a_file_are_the_python_ones(tmp_path):
     text = "[[gates]]\ntype = 'min_metric'\nmetric = 'f1'\nat_least = 1"
     (gate,) = RecipeFile.from_toml(write(tmp_path, text)).gates
     assert gate == MinMetric("f1", at_least=1.0)
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_no_recipe_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "recipe.toml")
+    with pytest.raises(ConfigError, match="not a regular file"):
+        RecipeFile.from_toml(tmp_path / "recipe.toml")

@@ -1,8 +1,10 @@
-"""Static int8: weights per channel, activations by their range over the calibration rows."""
+"""Float32 model files into smaller ones under a rule, each checked before it is kept."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,64 +18,142 @@ from outrider_exporters.convert.files import (
     kept_when_good,
     open_session,
 )
+from outrider_exporters.convert.observers import Range
 from outrider_exporters.convert.quiet import quiet
+from outrider_exporters.convert.write_onnx import write_onnx
+from outrider_exporters.convert.write_tflite import write_tflite
+from outrider_exporters.known_gaps import find_gap
+from outrider_exporters.passes.quantize import Quantize
 from outrider_exporters.rows import count_rows
 from outrider_runtimes.bound import input_converter
 from outrider_runtimes.errors import ExportError, InputError, MissingExtra, OutriderError
 from outrider_runtimes.tensors import Array, Interface, Tensors, check_inputs
 
-ONNX_SCHEME = "qdq-s8s8-per-channel"
-TFLITE_SCHEME = "static-int8-per-channel"
+Write = Callable[[Path, Sequence[dict[str, Array]], Path, Quantize, Mapping[str, Range] | None], None]
 # Below this share of the weights an int8 file is a float file with a wrong name.
 MIN_QUANTIZED_SHARE = 0.05
-CALIBRATION_BATCH = 32  # rows of one run where N is free in the file; bounds the memory of what is observed
+MIN_INT4_SHARE = 0.5  # what is left in float outweighs 4-bit weights at once: an int8 file would be smaller
+CALIBRATION_BATCH = 8  # rows of one run where N is free in the file; bounds the memory of what is observed
+PRECISIONS = {"float16": "float16", "int4": "int4"}
+SUITS = {
+    "int8": "convolutions and dense layers are what it quantizes",
+    "dynamic": "dense layers, attention and LSTMs are what it quantizes (in TFLite convolutions too)",
+    "weight-only": "convolutions, dense and recurrent layers and embeddings are what it stores in 8 bits",
+    "float16": "convolutions, dense and recurrent layers and embeddings are what it stores in 16 bits",
+    "int4": "dense layers and matrix products are what it quantizes; they must be most of the network",
+}
+_SCALES = ("_scale", "_scales")  # of weights that are stored in fewer bits
+TFLITE_FLOAT16 = 1  # of the schema's TensorType
 _QUANTIZED_OPERATORS = ("Quantize", "QLinear", "Integer", "NBits", "QGemm", "QAttention")
 
 
-def quantize_onnx(source: ModelFile, calibration: Sequence[Tensors], interface: Interface, path: Path) -> ModelFile:
-    """A float32 ONNX file as int8 with QuantizeLinear/DequantizeLinear pairs, signed weights and activations.
-
-    Inputs and outputs stay float. Ranges are the minimum and maximum over the calibration rows.
+def quantize_onnx(
+    source: ModelFile, calibration: Sequence[Tensors], interface: Interface, path: Path, *, rule: Quantize | None = None
+) -> ModelFile:
+    """A float32 ONNX file made smaller under a rule. Inputs and outputs stay float.
 
     Args:
-        calibration: inputs at the interface, each with one row or more.
+        calibration: inputs at the interface, each with one row or more. ``int8`` takes the ranges of activations from
+            all of them; the finished file is run on the first.
         path: written in one step, once the file was loaded and run.
+        rule: see Quantize; static int8 when left out.
 
     Raises:
         InputError: a calibration row is not what the interface says; the message says which.
+        ConfigError: ``keep_float`` names what the file does not have.
         ExportError: no calibration rows, an already quantized file, or next to nothing could be quantized.
     """
-    _check_format(source, "onnx")
-    rows = _encoded_rows(source, calibration, interface, batch=CALIBRATION_BATCH)
-    _refuse_quantized(source, is_quantized_onnx(source.path))
-    with kept_when_good(path) as part:
-        _guard("ONNX Runtime", source, lambda: _write_onnx(source.path, rows, part))
-        _check_share(quantized_share_onnx(part), source)
-        file = _kept(source, interface, part, scheme=ONNX_SCHEME)
-        check_file(file, interface, calibration[0])
-    return _moved(file, path)
+    return _quantize(source, calibration, interface, path, rule=rule or Quantize(), model_format="onnx")
 
 
-def quantize_tflite(source: ModelFile, calibration: Sequence[Tensors], interface: Interface, path: Path) -> ModelFile:
-    """A float32 TFLite file as int8 with int8 inputs and outputs, whose scales are in the binding.
+def quantize_tflite(
+    source: ModelFile, calibration: Sequence[Tensors], interface: Interface, path: Path, *, rule: Quantize | None = None
+) -> ModelFile:
+    """A float32 TFLite file made smaller under a rule. Arguments and errors: see ``quantize_onnx``.
 
-    Ranges are the minimum and maximum over the calibration rows. Arguments and errors: see ``quantize_onnx``.
+    Static int8 has int8 inputs and outputs, whose scales are in the binding; the other schemes keep them float.
     """
-    _check_format(source, "tflite")
-    rows = _encoded_rows(source, calibration, interface, batch=1)
-    _refuse_quantized(source, is_quantized_tflite(source.path))
+    return _quantize(source, calibration, interface, path, rule=rule or Quantize(), model_format="tflite")
+
+
+def _quantize(
+    source: ModelFile,
+    calibration: Sequence[Tensors],
+    interface: Interface,
+    path: Path,
+    *,
+    rule: Quantize,
+    model_format: str,
+) -> ModelFile:
+    _check_format(source, model_format)
+    tool = _TOOLS[model_format]
+    rows = encoded_rows(source, calibration, interface, batch=CALIBRATION_BATCH)
+    _refuse_quantized(source, tool.is_quantized(source.path))
     with kept_when_good(path) as part:
-        _guard("AI Edge Quantizer", source, lambda: _write_tflite(source.path, rows, part))
-        _check_share(quantized_share_tflite(part), source)
-        file = _kept(source, interface, part, scheme=TFLITE_SCHEME)
+        file = write_file(source, rows, interface, part, rule=rule)
+        check_share(file, source, rule)
         check_file(file, interface, calibration[0])
-    return _moved(file, path)
+    return replace(file, path=path)
+
+
+def write_file(
+    source: ModelFile,
+    rows: Sequence[dict[str, Array]],
+    interface: Interface,
+    path: Path,
+    *,
+    rule: Quantize,
+    ranges: Mapping[str, Range] | None = None,
+) -> ModelFile:
+    """A float32 file made smaller under a rule, bound to the interface; neither its weights nor its answers checked.
+
+    Args:
+        rows: inputs as the file takes them; see ``encoded_rows``.
+        ranges: what ``observed`` gave for the same rows; observed anew when left out.
+
+    Raises:
+        ExportError: the tool failed.
+    """
+    tool = _TOOLS[source.format]
+    with _guarded(tool.name, source):
+        tool.write(source.path, rows, path, rule, ranges)
+    # As the float file is: an existing .tflite that takes NCHW goes on taking it.
+    turned = any(item.permutation for item in (*source.binding.inputs, *source.binding.outputs))
+    binding = bind(interface, open_session(path, source.format), channel_last=turned)
+    return ModelFile(
+        path=path,
+        format=source.format,
+        precision=PRECISIONS.get(rule.scheme, "int8"),
+        binding=binding,
+        scheme=scheme_name(source.format, rule),
+    )
+
+
+def scheme_name(model_format: str, rule: Quantize) -> str:
+    """How a file was made, in one word: ``qdq-u8s8-per-channel-mse-mixed``."""
+    first = rule.scheme
+    if rule.scheme == "int8":
+        first = "static-int8" + ("-float-io" if rule.io == "float" else "")
+        if model_format == "onnx":
+            first = f"{rule.operators}-{'s8s8' if rule.activations == 'int8' else 'u8s8'}"
+    words = [first]
+    if rule.scheme in ("int8", "dynamic", "weight-only"):
+        words.append("per-channel" if rule.per_channel else "per-tensor")
+    words += [rule.observer] if rule.observer != "min-max" else []
+    words += ["mixed"] if rule.keep_float else []
+    return "-".join(words)
 
 
 def is_quantized_onnx(path: Path) -> bool:
-    """Whether an ONNX file computes or stores anything in quantized form."""
+    """Whether an ONNX file computes in quantized form, or stores weights in 8 bits or less."""
+    import onnx
+
+    types = onnx.TensorProto
+    small = {types.INT8, types.UINT8, types.INT4, types.UINT4}
     graphs = list(_graphs(_load_onnx(path).graph))
-    return any(mark in node.op_type for graph in graphs for node in graph.node for mark in _QUANTIZED_OPERATORS)
+    return any(mark in node.op_type for graph in graphs for node in graph.node for mark in _QUANTIZED_OPERATORS) or any(
+        len(weight.dims) >= 2 and weight.data_type in small for graph in graphs for weight in graph.initializer
+    )
 
 
 def is_quantized_tflite(path: Path) -> bool:
@@ -82,23 +162,29 @@ def is_quantized_tflite(path: Path) -> bool:
 
 
 def quantized_share_onnx(path: Path) -> float:
-    """Share of the weights' elements that are stored in 8 bits or less; weights have two axes or more."""
+    """Share of the weights' elements that are stored in 16 bits or less; weights have two axes or more."""
     import onnx
 
-    small = {onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT4, onnx.TensorProto.UINT4}
-    wide = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE}
-    weights = [w for graph in _graphs(_load_onnx(path).graph) for w in graph.initializer if len(w.dims) >= 2]
-    quantized = sum(int(np.prod(w.dims)) for w in weights if w.data_type in small)
-    return _share(quantized, sum(int(np.prod(w.dims)) for w in weights if w.data_type in wide))
+    types = onnx.TensorProto
+    small = {types.INT8, types.UINT8, types.INT4, types.UINT4, types.FLOAT16}
+    wide = {types.FLOAT, types.DOUBLE}
+    quantized = floating = 0
+    for graph in _graphs(_load_onnx(path).graph):
+        packed = {node.input[1] for node in graph.node if node.op_type == "MatMulNBits"}  # two in a byte
+        for weight in (w for w in graph.initializer if len(w.dims) >= 2 and not w.name.endswith(_SCALES)):
+            elements = int(np.prod(weight.dims))
+            quantized += elements * (weight.data_type in small) * (2 if weight.name in packed else 1)
+            floating += elements * (weight.data_type in wide)
+    return _share(quantized, floating)
 
 
 def quantized_share_tflite(path: Path) -> float:
-    """Share of the weights' elements that are stored in 8 bits or less; weights have two axes or more."""
+    """Share of the weights' elements that are stored in 16 bits or less; weights have two axes or more."""
     quantized = floating = 0
     for tensor, constant in _tflite_tensors(path):
         if constant and tensor.shape is not None and len(tensor.shape) >= 2:
             elements = int(np.prod(tensor.shape))
-            if _has_scale(tensor):
+            if _has_scale(tensor) or tensor.type == TFLITE_FLOAT16:
                 quantized += elements
             else:
                 floating += elements
@@ -122,30 +208,32 @@ def _refuse_quantized(source: ModelFile, quantized: bool) -> None:
         )
 
 
-def _check_share(share: float, source: ModelFile) -> None:
-    if share < MIN_QUANTIZED_SHARE:
+def check_share(file: ModelFile, source: ModelFile, rule: Quantize) -> None:
+    """Refuse a file in which next to nothing is smaller. Raises ExportError."""
+    share = _TOOLS[file.format].share(file.path)
+    least = MIN_INT4_SHARE if rule.scheme == "int4" else MIN_QUANTIZED_SHARE
+    if share < least:
+        gap = find_gap(source.format, rule.scheme, operators=_operator_types(source))
+        otherwise = gap.instead if gap else "another scheme, or keep this network in float32"
         raise ExportError(
-            f"{source.path.name}: static int8 quantized {share:.1%} of the weights, "
-            f"at least {MIN_QUANTIZED_SHARE:.0%} expected",
-            hint="convolutions and dense layers are what it quantizes; keep this network in float32",
+            f"{source.path.name}: {rule.scheme} quantized {share:.1%} of the weights, at least {least:.0%} expected",
+            hint=f"{SUITS[rule.scheme]}; " + ("name less in keep_float" if rule.keep_float else otherwise),
         )
 
 
-def _kept(source: ModelFile, interface: Interface, path: Path, *, scheme: str) -> ModelFile:
-    """The quantized file with its binding: layouts and names as in the source, scales as the engine reads them."""
-    binding = bind(interface, open_session(path, source.format), channel_last=source.format == "tflite")
-    return ModelFile(path=path, format=source.format, precision="int8", binding=binding, scheme=scheme)
+def _operator_types(source: ModelFile) -> set[str]:
+    """As the list of known gaps calls them; it has none of TFLite's for quantization."""
+    if source.format != "onnx":
+        return set()
+    return {node.op_type for graph in _graphs(_load_onnx(source.path).graph) for node in graph.node}
 
 
-def _moved(file: ModelFile, path: Path) -> ModelFile:
-    return ModelFile(path=path, format=file.format, precision=file.precision, binding=file.binding, scheme=file.scheme)
-
-
-def _guard(tool: str, source: ModelFile, write: Any) -> None:
-    """Run a quantizer in silence; what it raises becomes an ExportError that names it."""
+@contextlib.contextmanager
+def _guarded(tool: str, source: ModelFile) -> Iterator[None]:
+    """A quantizer runs inside, in silence; what it raises becomes an ExportError that names it."""
     try:
         with quiet():
-            write()
+            yield
     except (OutriderError, OSError):
         raise
     except Exception as error:
@@ -154,7 +242,7 @@ def _guard(tool: str, source: ModelFile, write: Any) -> None:
         ) from error
 
 
-def _encoded_rows(
+def encoded_rows(
     source: ModelFile, calibration: Sequence[Tensors], interface: Interface, *, batch: int
 ) -> list[dict[str, Array]]:
     """The calibration inputs as the file takes them, by its names, in batches of at most ``batch`` rows.
@@ -186,66 +274,6 @@ def _chunks(calibration: Sequence[Tensors], interface: Interface, size: int) -> 
             raise InputError(f"calibration row {position} has N = 0", hint="leave it out")
         for at in range(0, rows, size):
             yield [a[at : at + size] if s.batched else a for a, s in zip(arrays, interface.inputs, strict=True)]
-
-
-def _write_onnx(source: Path, rows: list[dict[str, Array]], path: Path) -> None:
-    try:
-        from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-        from onnxruntime.quantization.shape_inference import quant_pre_process
-    except ImportError as error:
-        raise MissingExtra("onnxruntime", extra="export", purpose="quantizing ONNX") from error
-
-    prepared = path.with_name("prepared.onnx")
-    quant_pre_process(source, prepared, skip_symbolic_shape=True)  # fuses batch norm and adds shapes
-    quantize_static(
-        prepared,
-        path,
-        _Reader(rows),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=QuantType.QInt8,
-        weight_type=QuantType.QInt8,
-        calibrate_method=CalibrationMethod.MinMax,
-    )
-
-
-class _Reader:
-    """What onnxruntime's calibrator asks for its rows; it asks duck-typed."""
-
-    def __init__(self, rows: Sequence[dict[str, Array]]) -> None:
-        self._rows = iter(rows)
-
-    def get_next(self) -> dict[str, Array] | None:
-        return next(self._rows, None)
-
-    def __iter__(self) -> _Reader:
-        return self
-
-    def __next__(self) -> dict[str, Array]:
-        return next(self._rows)
-
-
-def _write_tflite(source: Path, rows: list[dict[str, Array]], path: Path) -> None:
-    try:
-        from ai_edge_quantizer import calibrator, qtyping, quantizer, recipe
-        from ai_edge_quantizer.recipe_manager import RecipeManager
-        from ai_edge_quantizer.utils import qsv_utils
-    except ImportError as error:
-        raise MissingExtra("ai-edge-quantizer", extra="export", purpose="quantizing TFLite") from error
-
-    manager = RecipeManager()
-    manager.load_quantization_recipe(recipe.static_wi8_ai8())
-    # Static rules leave embedding tables in float.
-    manager.add_dynamic_config(".*", qtyping.TFLOperationName.EMBEDDING_LOOKUP, num_bits=8)
-    # The calibrator's own default is a moving average, which clips what the last rows did not have.
-    observer = calibrator.Calibrator(str(source), num_threads=1, qsv_update_func=qsv_utils.min_max_update)
-    (signature,) = observer.get_signature_list()
-    observer.calibrate({signature: rows}, manager)
-    worker = quantizer.Quantizer(str(source), manager.get_quantization_recipe())
-    result = worker.quantize(observer.get_model_qsvs(), enable_progress_bar=False, enable_progress_report=False)
-    if result.quantized_model is None:
-        raise ExportError(f"AI Edge Quantizer gave nothing for {source.name}")
-    path.write_bytes(bytes(result.quantized_model))
 
 
 def _load_onnx(path: Path) -> Any:
@@ -281,3 +309,21 @@ def _tflite_tensors(path: Path) -> list[tuple[Any, bool]]:
 def _has_scale(tensor: Any) -> bool:
     quantization = tensor.quantization
     return quantization is not None and quantization.scale is not None and len(quantization.scale) > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tool:
+    """What makes and reads the smaller files of a format."""
+
+    name: str
+    write: Write
+    share: Callable[[Path], float]
+    is_quantized: Callable[[Path], bool]
+
+
+_TOOLS = {
+    "onnx": _Tool(name="ONNX Runtime", write=write_onnx, share=quantized_share_onnx, is_quantized=is_quantized_onnx),
+    "tflite": _Tool(
+        name="AI Edge Quantizer", write=write_tflite, share=quantized_share_tflite, is_quantized=is_quantized_tflite
+    ),
+}

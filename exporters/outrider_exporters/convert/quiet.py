@@ -11,7 +11,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import TextIO
+from typing import IO, TextIO
 
 _log = logging.getLogger(__name__)
 _lock = threading.RLock()
@@ -24,7 +24,7 @@ def quiet() -> Iterator[None]:
 
     The file descriptors 1 and 2 are the process's: while this is entered, other threads print nothing either.
     """
-    with _lock, tempfile.TemporaryFile() as captured:
+    with _lock, _captured() as captured:
         try:
             with _loggers_muted(), _descriptors_to(captured.fileno()), _streams_muted(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -34,6 +34,13 @@ def quiet() -> Iterator[None]:
             text = captured.read().decode(errors="replace").strip()
             if text:
                 _log.debug("the converters printed:\n%s", text)
+
+
+def _captured() -> IO[bytes]:
+    """A file in memory: on a full disk LLVM ends the whole process when its notes cannot be written."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("outrider-quiet"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 class _Relay(io.TextIOBase):

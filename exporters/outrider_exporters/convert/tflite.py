@@ -7,19 +7,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from outrider_exporters.convert.diagnose import conversion_error
 from outrider_exporters.convert.files import (
     ModelFile,
     bind,
     check_file,
-    first_line,
     is_channel_first,
     kept_when_good,
     open_session,
 )
+from outrider_exporters.convert.fuse import fuse_transposed
 from outrider_exporters.convert.quiet import quiet
 from outrider_exporters.rows import example_rows
 from outrider_exporters.sources import PositionalModule, as_tensors, torch_predict
-from outrider_runtimes.errors import ExportError, MissingExtra, OutriderError
+from outrider_runtimes.errors import MissingExtra, ModelLoadError, OutriderError
 from outrider_runtimes.tensors import Array, Interface, Tensors
 
 
@@ -45,13 +46,12 @@ def to_tflite(module: nn.Module, interface: Interface, example: Tensors, path: P
             binding = bind(interface, open_session(part, "tflite"), channel_last=True)
             file = ModelFile(path=part, format="tflite", precision="float32", binding=binding, scheme="float32")
             check_file(file, interface, example, torch_predict(module, interface))
+    except ModelLoadError as error:
+        raise conversion_error(error, module, "tflite") from error
     except OutriderError:
         raise
     except Exception as error:
-        raise ExportError(
-            f"{type(module).__name__} cannot be converted to TFLite: {first_line(error)}",
-            hint='conditions on tensor values and free sizes are the usual causes; formats=("onnx",) leaves TFLite out',
-        ) from error
+        raise conversion_error(error, module, "tflite") from error
     return ModelFile(path=path, format="tflite", precision="float32", binding=binding, scheme="float32")
 
 
@@ -66,8 +66,10 @@ def _export(runner: PositionalModule, interface: Interface, row: list[Array], pa
         arguments = list(as_tensors(row))
         for at in turned_in:
             arguments[at] = arguments[at].permute(0, 2, 3, 1).contiguous()
-        network: nn.Module = runner
+        network = fuse_transposed(runner, as_tensors(row))
         if turned_in or turned_out:
-            network = litert_torch.to_channel_last_io(runner, args=turned_in, outputs=turned_out).eval()
+            network = litert_torch.to_channel_last_io(network, args=turned_in, outputs=turned_out).eval()
         with torch.no_grad():
-            litert_torch.convert(network, tuple(arguments)).export(str(path))
+            model = litert_torch.convert(network, tuple(arguments))
+            # Its own export(path) ends the whole process when the disk is full.
+            path.write_bytes(model.model_content())

@@ -2,56 +2,30 @@
 
 from __future__ import annotations
 
-import html
-import io
 import os
 import platform
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from outrider_exporters.demo.stream import Outcome
+from outrider_exporters.page import BLUE, GREEN, ORANGE, RASTER_DPI, RED, figure, note, svg, table, write_page
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-COLOURS = {"edge": "#3b6fb6", "cloud": "#d9822b", "edge_degraded": "#b23a48", "hybrid": "#3a8f5c"}
+COLOURS = {"edge": BLUE, "cloud": ORANGE, "edge_degraded": RED, "hybrid": GREEN}
 PACKAGES = ("outrider", "torch", "onnx", "onnxruntime", "ai-edge-litert", "ai-edge-quantizer", "torch-pruning")
-RASTER_DPI = 200
 LEAST_SPAN_POINTS = 4.0  # a narrower axis makes noise look like a difference
 POINTS_PER_SOURCE = 2_000  # more make the file large and the plot no clearer
 
-PAGE = Template("""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Outrider demo</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem }
-figure { margin: 1rem 0 } figure svg { max-width: 100%; height: auto }
-figcaption, .note { color: #555; font-size: .9rem }
-table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .9rem .25rem 0; text-align: right }
-td:first-child, th:first-child { text-align: left } tr + tr td { border-top: 1px solid #ddd }
-</style>
-<h1>Outrider demo</h1>
-<p class="note">Everything on this page was measured in the run that wrote it, on one machine, with the board, the cloud
-and the broker as processes of their own. None of the times is a board's time.</p>
-$body
-</html>
-""")
+NOTE = (
+    "Everything on this page was measured in the run that wrote it, on one machine, with the board, the cloud and the "
+    "broker as processes of their own. None of the times is a board's time."
+)
 
 
 def write_report(path: Path, result: dict[str, Any], outcome: Outcome, *, deadline_ms: float) -> Path:
     """Write the page, and its picture of every request as ``requests.png`` beside it; return the page's path."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "axes.spines.top": False})
-    mpl.rcParams["axes.spines.right"] = False
     sections = [
         _accuracy_section(result),
         _timeline_section(result, outcome, deadline_ms, path.with_name("requests.png")),
@@ -59,13 +33,12 @@ def write_report(path: Path, result: dict[str, Any], outcome: Outcome, *, deadli
         _variants_section(result),
         _environment_section(),
     ]
-    path.write_text(PAGE.substitute(body="\n".join(sections)), encoding="utf-8")
-    return path
+    return write_page(path, "Outrider demo", NOTE, sections)
 
 
 def _accuracy_section(result: dict[str, Any]) -> str:
     scores = result["accuracy"]
-    figure, axes = _figure(2.2)
+    drawing, (axes,) = figure(2.2)
     names = ["edge", "hybrid", "cloud"]
     axes.barh(names, [100 * scores[name] for name in names], color=[COLOURS[name] for name in names], height=0.6)
     for position, name in enumerate(names):
@@ -77,13 +50,13 @@ def _accuracy_section(result: dict[str, Any]) -> str:
         f"The hybrid asked the cloud for {result['offloaded']:.1%} of the answers. Against the board alone it gains "
         f"{100 * low:.1f} to {100 * high:.1f} points (95 % interval, paired bootstrap), with the outage counted in."
     )
-    return f"<h2>Accuracy</h2>{_svg(figure, text)}"
+    return f"<h2>Accuracy</h2>{svg(drawing, text)}"
 
 
 def _timeline_section(result: dict[str, Any], outcome: Outcome, deadline_ms: float, picture: Path) -> str:
     answers = [line for line in outcome.answers if line["source"] is not None]
     start = outcome.answers[0]["at_s"]
-    figure, axes = _figure(3.6)
+    drawing, (axes,) = figure(3.6)
     for source in ("edge", "cloud", "edge_degraded"):
         lines = [line for line in answers if line["source"] == source]
         lines = lines[:: max(1, len(lines) // POINTS_PER_SOURCE)]
@@ -110,8 +83,8 @@ def _timeline_section(result: dict[str, Any], outcome: Outcome, deadline_ms: flo
         f"While the endpoint was stopped, {outage['answered']:,} of {outage['requests']:,} were; "
         f"{outage['degraded']:,} of them are marked edge_degraded: the board would have asked the cloud."
     )
-    figure.savefig(picture, dpi=RASTER_DPI)
-    return f"<h2>Every request</h2>{_svg(figure, text)}"
+    drawing.savefig(picture, dpi=RASTER_DPI)
+    return f"<h2>Every request</h2>{svg(drawing, text)}"
 
 
 def _telemetry_section(result: dict[str, Any]) -> str:
@@ -121,12 +94,12 @@ def _telemetry_section(result: dict[str, Any]) -> str:
         "enqueued = delivered + pending + dropped, where delivered means that the consumer's receipt is in the board's "
         "spool. While the broker was stopped the records waited on the board's disk."
     )
-    return f"<h2>Telemetry</h2>{_table(['records', ''], rows)}<p class='note'>{text}</p>"
+    return f"<h2>Telemetry</h2>{table(['records', ''], rows)}{note(text)}"
 
 
 def _variants_section(result: dict[str, Any]) -> str:
     variants = result["bundle"]["variants"]
-    figure, axes = _figure(3.0)
+    drawing, (axes,) = figure(3.0)
     ordered = sorted(variants, key=lambda variant: float(variant["latency_ms_p50"]))
     for position, variant in enumerate(ordered):
         where = (variant["latency_ms_p50"] * 1000, 100 * variant["accuracy"])
@@ -145,7 +118,7 @@ def _variants_section(result: dict[str, Any]) -> str:
     axes.set_xlim(0.0, 1.25e3 * max(float(variant["latency_ms_p50"]) for variant in variants))
     axes.set_xlabel("median latency on this machine, microseconds")
     axes.set_ylabel("right answers, %")
-    plot = _svg(figure, "Accuracy, latency and size (area) of each variant in the bundle, on the gate's test inputs.")
+    plot = svg(drawing, "Accuracy, latency and size (area) of each variant in the bundle, on the gate's test inputs.")
     rows = [
         [v["name"], f"{v['size_bytes']:,}", f"{1000 * v['latency_ms_p50']:.0f}", f"{v['accuracy']:.2%}"]
         for v in variants
@@ -155,36 +128,12 @@ def _variants_section(result: dict[str, Any]) -> str:
         for row in (result["baseline"], *result["stages"])
     ]
     return (
-        f"<h2>The board's bundle</h2>{plot}{_table(['variant', 'bytes', 'p50 us', 'accuracy'], rows)}"
-        f"{_table(['after', 'parameters', 'MACs', 'accuracy'], stages)}"
+        f"<h2>The board's bundle</h2>{plot}{table(['variant', 'bytes', 'p50 us', 'accuracy'], rows)}"
+        f"{table(['after', 'parameters', 'MACs', 'accuracy'], stages)}"
     )
 
 
 def _environment_section() -> str:
     rows = [["Python", platform.python_version()], ["machine", platform.machine()], ["processors", str(os.cpu_count())]]
     rows += [[package, metadata.version(package)] for package in PACKAGES]
-    return f"<h2>Environment</h2>{_table(['', ''], rows)}"
-
-
-def _figure(height_in: float) -> tuple[Figure, Axes]:
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, height_in), layout="constrained")
-    return figure, axes
-
-
-def _svg(figure: Figure, caption: str) -> str:
-    from matplotlib import pyplot as plt
-
-    text = io.StringIO()
-    figure.savefig(text, format="svg", dpi=RASTER_DPI)
-    plt.close(figure)
-    drawing = text.getvalue()
-    return f"<figure>{drawing[drawing.index('<svg') :]}<figcaption>{html.escape(caption)}</figcaption></figure>"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return f"<table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+    return f"<h2>Environment</h2>{table(['', ''], rows)}"

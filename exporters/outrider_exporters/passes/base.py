@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 from outrider_exporters.data import Data
+from outrider_exporters.measure import Evaluate
 from outrider_exporters.rows import example_rows
 from outrider_runtimes.errors import ConfigError, ExportError, OutriderError
 from outrider_runtimes.tensors import Interface, Tensors
@@ -27,12 +29,14 @@ DIVERGED = "the training diverged: a smaller learning rate, or fewer steps"
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a long step is. ``done`` of ``total`` units; ``message`` says what they are."""
+    """Where a long step is. ``done`` of ``total`` units; ``message`` says what they are; ``left_s`` estimates the
+    seconds that the rest takes, where something is known of it."""
 
     step: str
     done: int
     total: int
     message: str = ""
+    left_s: float | None = None
 
 
 OnProgress = Callable[[Progress], None]
@@ -49,7 +53,8 @@ class PassContext:
     Attributes:
         interface: what the network takes and gives; its inputs are the network's positional arguments in this order.
         example: arrays by input name that fit the interface.
-        data, fit, teacher, seed, progress: as ``export`` got them.
+        data, fit, teacher, evaluate, seed, progress: as ``export`` got them.
+        time_networks: milliseconds a row of each network, by name; see ``passes.latency``. None: not measured.
     """
 
     interface: Interface
@@ -59,6 +64,8 @@ class PassContext:
     teacher: nn.Module | None = None
     seed: int = 0
     progress: OnProgress = silent
+    evaluate: Evaluate | None = None
+    time_networks: Callable[[Mapping[str, nn.Module], PassContext], Mapping[str, float]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,12 +197,29 @@ def weigh(network: PositionalModule, context: PassContext) -> Weight:
 
     row = as_tensors(list(example_rows(context.example, context.interface, 1).values()))
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), _countable(), counter:
         network(*row)
     return Weight(
         parameters=sum(p.numel() for p in network.parameters()),
         macs=counter.get_total_flops() // 2,
     )
+
+
+@contextlib.contextmanager
+def _countable() -> Iterator[None]:
+    """Inside, LSTM, attention and Transformer layers run as products that can be counted, not as one fused kernel."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TF32 on graphics processors
+            with torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
+                yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def check_finite(network: PositionalModule) -> None:

@@ -1,0 +1,175 @@
+"""The files of an export: made, loaded, run and measured by the engines of devices."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outrider_exporters.candidates import Plan, plans
+from outrider_exporters.choose import resolved
+from outrider_exporters.gates import Figures
+from outrider_exporters.job import Job
+from outrider_exporters.measure import LATENCY_THREADS, latencies_p50_ms, metrics_of
+from outrider_exporters.packing import Built, sample_rows
+from outrider_exporters.passes.base import Progress, Stage
+from outrider_exporters.report import VariantReport
+from outrider_exporters.rescuing import lost_in_vain, meets, rescued
+from outrider_exporters.rows import Predict
+from outrider_exporters.source import Source
+from outrider_runtimes.errors import ExportError
+from outrider_runtimes.tensors import Tensors
+
+if TYPE_CHECKING:
+    from outrider_exporters.convert import ModelFile
+
+MAX_FLOAT_PARITY = 1e-4  # of the output's range; right conversions are a hundred times closer
+PARITY_ROWS = 64
+
+
+def build(source: Source, job: Job, folder: Path, baseline: Stage) -> Built:
+    """Convert, check and measure every candidate; each was loaded and run by the device's engine before it is kept.
+
+    A form that the recipe did not ask for and that cannot be made is left out; ``Built.failed`` says why. A static
+    int8 variant that misses a gate which its float file meets is made again with some layers in float, if that helps;
+    its note says which.
+
+    Raises:
+        ExportError: a file that the recipe asks for cannot be made, or is not the network; or ``evaluate`` failed.
+    """
+    made, files, failed = _convert(source, job, folder)
+    reference = source.predict()
+
+    def measure(variant: str, file: ModelFile) -> Figures:
+        return _figures(job, variant, file, reference, baseline)
+
+    figures = {}
+    for done, (variant, file) in enumerate(files.items()):
+        job.context.progress(Progress(step="measure", done=done, total=len(files), message=variant))
+        figures[variant] = measure(variant, file)
+    notes = {}
+    for plan in made:
+        if plan.name in files and lost_in_vain(job, plan, figures, baseline.metrics):
+            plain = source.quantizable(files[f"{plan.format}-float32"], folder)
+            found = rescued(
+                job, plan, plain, folder, lambda file: meets(job, measure("in trial", file), baseline.metrics)
+            )
+            if found is not None:
+                files[plan.name], notes[plan.name] = found.file, found.text
+                figures[plan.name] = measure(plan.name, found.file)
+    return Built(
+        reference=reference,
+        files=files,
+        variants=_reports(files, figures, _latencies(job, files), notes),
+        slots={plan.name: plan.slot for plan in made if plan.name in files},
+        failed=failed,
+    )
+
+
+def _reports(
+    files: Mapping[str, ModelFile],
+    figures: Mapping[str, Figures],
+    latencies_ms: Mapping[str, float],
+    notes: Mapping[str, str],
+) -> tuple[VariantReport, ...]:
+    return tuple(
+        VariantReport(
+            name=variant,
+            format=file.format,
+            precision=file.precision,
+            scheme=file.scheme,
+            size_bytes=figures[variant].size_bytes,
+            metrics=figures[variant].metrics,
+            latency_host_ms_p50=latencies_ms[variant],
+            parity=figures[variant].parity,
+            note=notes.get(variant, ""),
+        )
+        for variant, file in files.items()
+    )
+
+
+def _figures(job: Job, variant: str, file: ModelFile, reference: Predict, baseline: Stage) -> Figures:
+    """What a file answers, by the engine of devices; neither its latency nor the way that led to it."""
+    from outrider_exporters.convert import open_file
+
+    with contextlib.closing(open_file(file, job.interface, threads=LATENCY_THREADS)) as session:
+        predict = _predictor(session.run)
+        return Figures(
+            variant=variant,
+            parity=_parity(job, variant, file, reference, predict),
+            metrics=metrics_of(
+                job.evaluate, predict, job.data.test, what=f"variant {variant}", expected=baseline.metrics
+            ),
+            size_bytes=file.path.stat().st_size,
+        )
+
+
+def _convert(source: Source, job: Job, folder: Path) -> tuple[tuple[Plan, ...], dict[str, ModelFile], dict[str, str]]:
+    """What was to be made, the model files by variant name, and why a form that nobody asked for is not among them."""
+    targets = [resolved(name, job.host) for name in job.targets]
+    made = plans(job.formats, source.precision, job.recipe.quantizations, targets, job.host)
+    files: dict[str, ModelFile] = {}
+    plain: dict[str, ModelFile] = {}
+    failed: dict[str, str] = {}
+    for done, plan in enumerate(made):
+        job.context.progress(Progress(step="convert", done=done, total=len(made), message=plan.name))
+        path = folder / f"{plan.name}.{plan.format}"
+        if plan.rule is None:
+            files[plan.name] = plain[plan.format] = source.to_file(plan.format, path)
+            continue
+        try:
+            files[plan.name] = _quantize(job, plan, source.quantizable(plain[plan.format], folder), path)
+        except ExportError as error:
+            if plan.asked:
+                raise
+            failed[plan.name] = f"could not be made: {error}"
+    return made, files, failed
+
+
+def _quantize(job: Job, plan: Plan, plain: ModelFile, path: Path) -> ModelFile:
+    from outrider_exporters.convert.quantize import quantize_onnx, quantize_tflite
+
+    calibration = [job.context.example if job.data.calibration is None else job.data.calibration]
+    quantize = quantize_onnx if plan.format == "onnx" else quantize_tflite
+    return quantize(plain, calibration, job.interface, path, rule=plan.rule)
+
+
+def _predictor(run: Callable[[Tensors], Any]) -> Predict:
+    return lambda inputs: dict(run(inputs).outputs)
+
+
+def _parity(job: Job, variant: str, file: ModelFile, reference: Predict, predict: Predict) -> float:
+    """The difference from torch on rows of the data. Raises ExportError for a float file that is not the network."""
+    from outrider_exporters.convert import parity
+
+    rows = sample_rows(job, PARITY_ROWS)
+    error = parity(reference(rows), predict(rows))
+    if not math.isfinite(error):
+        raise ExportError(f"variant {variant} answers NaN or infinity where the torch network does not")
+    if file.precision == "float32" and not error <= MAX_FLOAT_PARITY:
+        raise ExportError(
+            f"variant {variant} differs from the torch network by {error:.2g} of the output's range, "
+            f"at most {MAX_FLOAT_PARITY:g} is allowed",
+            hint="random numbers, conditions on values or very large activations in forward are the usual causes",
+        )
+    return error
+
+
+def _latencies(job: Job, files: Mapping[str, ModelFile]) -> dict[str, float]:
+    from outrider_exporters.convert import open_file
+
+    row = sample_rows(job, 1)
+    job.context.progress(Progress(step="latency", done=0, total=1, message="time one row of each variant on this host"))
+    with contextlib.ExitStack() as stack:
+        sessions = {
+            variant: stack.enter_context(contextlib.closing(open_file(file, job.interface, threads=LATENCY_THREADS)))
+            for variant, file in files.items()
+        }
+        calls = {variant: _call(_predictor(session.run), row) for variant, session in sessions.items()}
+        return latencies_p50_ms(calls, seed=job.context.seed)
+
+
+def _call(predict: Predict, row: Tensors) -> Callable[[], object]:
+    return lambda: predict(row)
