@@ -12,7 +12,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from outrider_exporters.checkpoints import load_checkpoint
     from outrider_exporters.data import Data
     from outrider_exporters.export import export
     from outrider_exporters.gates import GateResult, MaxDrop, MaxLatency, MaxMetric, MaxParityError, MaxSize, MinMetric
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from outrider_exporters.passes import QAT, Distill, Progress, Prune, Quantize, Stage
     from outrider_exporters.recipe import Recipe
     from outrider_exporters.report import ExportReport, VariantReport
+    from outrider_exporters.sources.checkpoints import load_checkpoint
     from outrider_exporters.values import Metric
 
 __all__ = [

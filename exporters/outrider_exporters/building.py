@@ -18,7 +18,7 @@ from outrider_exporters.passes.base import Progress, Stage
 from outrider_exporters.report import VariantReport
 from outrider_exporters.rescuing import lost_in_vain, meets, rescued
 from outrider_exporters.rows import Predict
-from outrider_exporters.source import Source
+from outrider_exporters.sources import Source
 from outrider_runtimes.errors import ExportError
 from outrider_runtimes.tensors import Tensors
 

@@ -50,7 +50,7 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     from outrider.bundle import load_private_key
     from outrider_exporters.export import export
     from outrider_exporters.recipe import RecipeFile
-    from outrider_exporters.recipe_model import arguments_from
+    from outrider_exporters.recipe.model import arguments_from
 
     file = RecipeFile.from_toml(args.recipe)
     keys = [load_private_key(path) for path in args.key]

@@ -21,7 +21,7 @@ from outrider_exporters.passes.latency import latencies_of
 from outrider_exporters.progress import with_time_left
 from outrider_exporters.recipe import Recipe, RecipeFile
 from outrider_exporters.report import ExportReport
-from outrider_exporters.source import Source, formats_for, open_source
+from outrider_exporters.sources import Source, formats_for, open_source
 from outrider_runtimes.board import this_board
 from outrider_runtimes.errors import GateMissed
 from outrider_runtimes.tensors import Tensors
@@ -133,7 +133,7 @@ def export(
         made = _finish(job, built, baseline, stages)
     made = dataclasses.replace(made, seconds=time.perf_counter() - begun, command=command)
     if job.report is not None:
-        from outrider_exporters.report_page import write_report
+        from outrider_exporters.report.page import write_report
 
         write_report(job.report, made.to_dict())
     missed = [result for result in made.gates if not result.passed]

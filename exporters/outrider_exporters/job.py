@@ -112,7 +112,7 @@ def _check_report(path: Path) -> None:
     if path.suffix not in (".html", ".htm"):
         raise ConfigError(f"report is {path}, expected an .html file", hint="the same as JSON is written beside it")
     if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtra("matplotlib", extra="demo", purpose="the report's plots")
+        raise MissingExtra("matplotlib", extra="export", purpose="the report's plots")
 
 
 def _check_tools(job: Job) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from outrider.bundle import Variant, write_bundle
 from outrider_exporters.convert.files import engine_for, predict_file
 from outrider_exporters.golden import build_golden
-from outrider_exporters.source_files import RANDOM_SEED, declare, format_of
+from outrider_exporters.sources.files import RANDOM_SEED, declare, format_of
 from outrider_runtimes.errors import ExportError
 from outrider_runtimes.tensors import Interface, Tensors
 

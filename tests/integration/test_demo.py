@@ -17,18 +17,18 @@ def test_it_trained_and_says_so(demo_run: dict[str, Any]) -> None:
     assert demo_run["trained"] is True
 
 
-def test_the_bundle_holds_what_was_chosen_for_the_boards_and_is_signed(demo_run: dict[str, Any]) -> None:
+def test_the_bundle_holds_four_variants_and_is_signed(demo_run: dict[str, Any]) -> None:
     told = demo_run["bundle"]
     path = Path(told["path"])
     found = verify_bundle(path, Trust.load(path.parent / "keys" / "demo.pub"))
     assert found.verified
     assert found.manifest.digest == told["digest"]
     assert path.stat().st_size == told["size_bytes"]
-    precisions = {variant["name"]: variant["name"].split("-")[1] for variant in told["variants"]}
-    assert sorted(precisions.values()) == ["float32", "int8", "int8"]
-    assert {name.split("-")[0] for name, precision in precisions.items() if precision == "int8"} == {"onnx", "tflite"}
-    sizes = {precisions[variant["name"]]: variant["size_bytes"] for variant in told["variants"]}
-    assert sizes["int8"] < sizes["float32"]
+    names = {variant["name"] for variant in told["variants"]}
+    assert names == {"onnx-float32", "onnx-int8", "tflite-float32", "tflite-int8"}
+    sizes = {variant["name"]: variant["size_bytes"] for variant in told["variants"]}
+    assert sizes["onnx-int8"] < sizes["onnx-float32"]
+    assert sizes["tflite-int8"] < sizes["tflite-float32"]
     for variant in told["variants"]:
         assert variant["accuracy"] > 0.9
         assert variant["latency_ms_p50"] > 0.0

@@ -369,7 +369,7 @@ def test_a_model_in_training_mode_is_exported_in_evaluation_mode(model, data, tm
 
 
 def accuracy_of(model, data):
-    from outrider_exporters.sources import interface_from_module, torch_predict
+    from outrider_exporters.sources.module import interface_from_module, torch_predict
 
     interface = interface_from_module(model, {"image": data.test[0]["image"][:1]}, ["logits"])
     return accuracy(torch_predict(model, interface), data.test)
@@ -397,7 +397,7 @@ def test_the_example_recipe_becomes_a_bundle(tmp_path, capsys):
 
 def test_package_makes_a_bundle_of_a_file(model, data, tmp_path, capsys):
     from outrider_exporters.convert.onnx import to_onnx
-    from outrider_exporters.sources import interface_from_module
+    from outrider_exporters.sources.module import interface_from_module
 
     example = {"image": data.test[0]["image"][:2]}
     to_onnx(model, interface_from_module(model, example, ["logits"]), example, tmp_path / "net.onnx")

@@ -9,7 +9,7 @@ from torch import nn
 
 import outrider
 from outrider_exporters import Data, Quantize, Recipe, export
-from outrider_exporters.sources import interface_from_module, torch_predict
+from outrider_exporters.sources.module import interface_from_module, torch_predict
 from outrider_runtimes.errors import DtypeError, ShapeError
 
 pytestmark = pytest.mark.slow

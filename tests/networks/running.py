@@ -13,7 +13,7 @@ from networks.case import PREDICT_ROWS, Case, Outputs, Predict, Trained, in_chun
 from outrider.bundle import open_bundle
 from outrider_exporters import Data, Quantize, Recipe, export
 from outrider_exporters.convert import parity
-from outrider_exporters.sources import interface_from_module, torch_predict
+from outrider_exporters.sources.module import interface_from_module, torch_predict
 
 FORMATS = ("onnx", "tflite")
 EXPORT_ROWS = 64

@@ -12,7 +12,7 @@ from torch import nn
 from outrider_exporters.convert import ModelFile
 from outrider_exporters.convert.onnx import to_onnx
 from outrider_exporters.convert.tflite import to_tflite
-from outrider_exporters.sources import interface_from_module
+from outrider_exporters.sources.module import interface_from_module
 from outrider_runtimes.tensors import Interface
 
 CONVERTERS = {"onnx": to_onnx, "tflite": to_tflite}

@@ -12,7 +12,7 @@ import torch
 from outrider_exporters import Distill
 from outrider_exporters.passes import Progress
 from outrider_exporters.passes.base import PassContext
-from outrider_exporters.sources import PositionalModule
+from outrider_exporters.sources.module import PositionalModule
 from support.exporters import Small, random_data, workshop
 
 EPOCHS = 5

@@ -10,7 +10,7 @@ from torch import nn
 
 from outrider_exporters import Data, ExportReport, export
 from outrider_exporters.passes import PassContext
-from outrider_exporters.sources import PositionalModule, interface_from_module
+from outrider_exporters.sources.module import PositionalModule, interface_from_module
 
 LABELS = tuple("0123456789")
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from outrider_exporters.checkpoints import load_checkpoint
 from outrider_exporters.recipe import RecipeFile
-from outrider_exporters.recipe_model import arguments_from
+from outrider_exporters.recipe.model import arguments_from
+from outrider_exporters.sources.checkpoints import load_checkpoint
 from outrider_runtimes.errors import ConfigError, ExportError
 
 pytestmark = pytest.mark.slow

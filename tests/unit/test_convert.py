@@ -10,7 +10,7 @@ from torch import nn
 
 from outrider_exporters.convert import check_file, open_file, parity, predict_file
 from outrider_exporters.convert.files import bind, engine_for, kept_when_good, open_session
-from outrider_exporters.sources import interface_from_module, torch_predict
+from outrider_exporters.sources.module import interface_from_module, torch_predict
 from outrider_runtimes.errors import (
     DtypeError,
     ExportError,

@@ -25,7 +25,7 @@ from outrider_exporters.passes.losses import (
     looks_like_probabilities,
 )
 from outrider_exporters.passes.team import Team, team_here
-from outrider_exporters.sources import torch_predict
+from outrider_exporters.sources.module import torch_predict
 from outrider_runtimes.errors import ConfigError, ExportError
 from outrider_runtimes.tensors import TensorSpec
 from support.distilling import EPOCHS, bench

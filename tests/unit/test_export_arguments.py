@@ -17,7 +17,7 @@ from outrider_exporters.deciding import steps_to
 from outrider_exporters.packing import decision_for, golden_count
 from outrider_exporters.passes import Stage
 from outrider_exporters.report import VariantReport
-from outrider_exporters.sources import interface_from_module
+from outrider_exporters.sources.module import interface_from_module
 from outrider_runtimes.errors import ConfigError, ExportError, MissingExtra
 from outrider_runtimes.golden import DecisionCheck
 from support.exporters import Small, random_data, run

@@ -8,7 +8,7 @@ from torch import nn
 from outrider_exporters.convert import parity, predict_file
 from outrider_exporters.convert.fuse import fuse_transposed
 from outrider_exporters.convert.quantize import quantize_tflite
-from outrider_exporters.sources import torch_predict
+from outrider_exporters.sources.module import torch_predict
 from support.converted import convert
 from support.networks import normal
 

@@ -12,7 +12,7 @@ from outrider_exporters.convert.quantize import quantize_onnx
 from outrider_exporters.convert.tflite import to_tflite
 from outrider_exporters.known_gaps import KNOWN_GAPS
 from outrider_exporters.passes import Quantize
-from outrider_exporters.sources import interface_from_module
+from outrider_exporters.sources.module import interface_from_module
 from outrider_runtimes.errors import ExportError
 from support.networks import Returns, normal
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outrider_exporters.layers import LayerError, Node, blame_text, compare, layer_errors, to_blame
-from outrider_exporters.sources import interface_from_module
+from outrider_exporters.sources.module import interface_from_module
 from support.exporters import Small, random_data
 
 

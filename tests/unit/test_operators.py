@@ -91,7 +91,7 @@ def test_the_operators_of_an_onnx_file():
     ("name", "layers", "others"),
     [
         (
-            "litert_torch.x.ChannelLastIOWrapper/outrider_exporters.sources.PositionalModule_wrapped/__main__.Net_module/"
+            "litert_torch.x.ChannelLastIOWrapper/outrider_exporters.sources.module.PositionalModule_wrapped/__main__.Net_module/"
             "torch.nn.modules.container.Sequential_blocks/__main__.Block_0/torch.nn.modules.conv.Conv2d_conv;1",
             ["blocks", "blocks.0", "blocks.0.conv"],
             ["conv", "0", "module", "blocks.1"],

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from outrider.bundle import load_golden, open_bundle, verify_bundle
 from outrider_exporters.package import PackageReport, package
-from outrider_exporters.source_files import RANDOM_ROWS
+from outrider_exporters.sources.files import RANDOM_ROWS
 from outrider_runtimes.bound import BoundSession
 from outrider_runtimes.engines.litert import LiteRtEngine
 from outrider_runtimes.engines.onnxruntime import OnnxRuntimeEngine

@@ -21,7 +21,7 @@ from outrider_exporters.passes.base import Weight, call_fit, check_finite, seede
 from outrider_exporters.passes.losses import Head, distillation_loss
 from outrider_exporters.passes.prune import slice_channels
 from outrider_exporters.passes.slicing.trace import Wiring
-from outrider_exporters.sources import PositionalModule, torch_predict
+from outrider_exporters.sources.module import PositionalModule, torch_predict
 from outrider_runtimes.errors import ConfigError, ExportError
 from support.exporters import Small, accuracy, fit, random_data, workshop
 

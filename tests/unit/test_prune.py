@@ -18,7 +18,7 @@ from outrider_exporters.passes.latency import latencies_of
 from outrider_exporters.passes.plan import Group
 from outrider_exporters.passes.sensitivity import Point, Sensitivity
 from outrider_exporters.passes.slicing import Slicer
-from outrider_exporters.sources import PositionalModule, interface_from_module, torch_predict
+from outrider_exporters.sources.module import PositionalModule, interface_from_module, torch_predict
 from outrider_runtimes.errors import ConfigError, ExportError, NoEngine
 from support.exporters import Small, accuracy, digits, random_data, trained, workshop
 

@@ -18,7 +18,7 @@ from outrider_exporters.convert.onnx_weights import quantize_symmetric
 from outrider_exporters.convert.quantize import quantize_onnx
 from outrider_exporters.passes.base import PassContext, call_fit
 from outrider_exporters.passes.qat import round_activation, round_weight, rounding
-from outrider_exporters.sources import PositionalModule, interface_from_module
+from outrider_exporters.sources.module import PositionalModule, interface_from_module
 from outrider_runtimes.errors import ConfigError, ExportError
 from support.networks import digits
 from support.outlier import TRAIN_ROWS, planted, trained

@@ -16,7 +16,7 @@ from outrider_exporters.convert.quantize import (
     quantized_share_onnx,
     quantized_share_tflite,
 )
-from outrider_exporters.sources import interface_from_module, torch_predict
+from outrider_exporters.sources.module import interface_from_module, torch_predict
 from outrider_runtimes.errors import DtypeError, ExportError, InputError, NotFiniteError, ShapeError, UnknownTensor
 from support.converted import CONVERTERS, Converted, convert
 from support.networks import Recurrent, TokenClassifier, TwoSided, digits, normal, seeded, trained_cnn

@@ -12,7 +12,7 @@ from outrider_exporters.convert.quantize import quantize_onnx, quantize_tflite, 
 from outrider_exporters.convert.tflite import to_tflite
 from outrider_exporters.layers import layer_errors
 from outrider_exporters.passes import Quantize
-from outrider_exporters.sources import interface_from_module, torch_predict
+from outrider_exporters.sources.module import interface_from_module, torch_predict
 from outrider_runtimes.errors import ConfigError
 from support.exporters import Small, random_data
 

@@ -16,7 +16,7 @@ from outrider_exporters.convert.quantize import (
     quantized_share_onnx,
     quantized_share_tflite,
 )
-from outrider_exporters.sources import torch_predict
+from outrider_exporters.sources.module import torch_predict
 from outrider_runtimes.errors import ConfigError, ExportError
 from support.converted import CONVERTERS, Converted, convert
 from support.networks import digits, normal, seeded, trained_cnn
@@ -129,7 +129,7 @@ def test_recurrent_layers_in_onnx_stay_one_operator_with_int8_weights(kind, tmp_
 
 
 def convert_onnx(network: nn.Module, example: dict[str, np.ndarray], path) -> Converted:
-    from outrider_exporters.sources import interface_from_module
+    from outrider_exporters.sources.module import interface_from_module
 
     interface = interface_from_module(network, example, ["y"])
     file = CONVERTERS["onnx"](network, interface, example, path)

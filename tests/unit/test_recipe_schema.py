@@ -24,7 +24,7 @@ from outrider_exporters import (
     Recipe,
 )
 from outrider_exporters.recipe import RecipeFile, to_toml
-from outrider_exporters.recipe_schema import recipe_schema, schema_text
+from outrider_exporters.recipe.schema import recipe_schema, schema_text
 from outrider_runtimes.errors import ConfigError
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -64,7 +64,7 @@ def validator():
 
 def test_the_file_is_what_the_dataclasses_say():
     found = (DOCS / "recipe.schema.json").read_text(encoding="utf-8")
-    assert found == schema_text(), "run: python -m outrider_exporters.recipe_schema > docs/recipe.schema.json"
+    assert found == schema_text(), "run: python -m outrider_exporters.recipe.schema > docs/recipe.schema.json"
 
 
 def test_the_example_recipe_fits_the_schema():

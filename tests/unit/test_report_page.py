@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from outrider_exporters import MaxDrop, Prune, Quantize, Recipe
 from outrider_exporters.recipe import RecipeFile
-from outrider_exporters.report_page import flat, higher_is_better, main_metric, pareto, write_report
+from outrider_exporters.report.page import flat, higher_is_better, main_metric, pareto, write_report
 
 FILE = RecipeFile(recipe=Recipe([Prune(ratio=0.5), Quantize()]), gates=(MaxDrop("accuracy", points=1.0),), seed=3)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from outrider_exporters.passes.slicing import Slicer, find_prunable
 from outrider_exporters.passes.slicing.attention import SlimAttention
-from outrider_exporters.sources import PositionalModule
+from outrider_exporters.sources.module import PositionalModule
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from outrider_exporters.source_checks import check_answers
-from outrider_exporters.sources import evaluation_copy, interface_from_module
+from outrider_exporters.sources.checks import check_answers
+from outrider_exporters.sources.module import evaluation_copy, interface_from_module
 from outrider_runtimes.errors import ExportError
 from support.networks import Returns, SmallCnn, normal, seeded
 

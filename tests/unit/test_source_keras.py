@@ -65,7 +65,7 @@ def test_an_image_model_becomes_every_variant_without_a_transpose_at_its_edges(m
 
 
 def test_the_reference_is_keras_own_answer_and_the_model_is_left_alone(models):
-    from outrider_exporters.sources import interface_from_module, torch_predict
+    from outrider_exporters.sources.module import interface_from_module, torch_predict
 
     model, x = models.image_classifier(), images(5)
     wanted = model.predict(x, verbose=0)
@@ -80,7 +80,7 @@ def test_the_reference_is_keras_own_answer_and_the_model_is_left_alone(models):
 
 @pytest.mark.parametrize("as_dict", [True, False])
 def test_several_inputs_go_by_the_names_of_keras_input_and_outputs_by_key(models, as_dict):
-    from outrider_exporters.sources import interface_from_module, torch_predict
+    from outrider_exporters.sources.module import interface_from_module, torch_predict
 
     model, inputs = models.two_inputs_two_outputs(as_dict=as_dict), mixed(4)
     names = ["score", "class"] if as_dict else ["class", "score"]
@@ -94,7 +94,7 @@ def test_several_inputs_go_by_the_names_of_keras_input_and_outputs_by_key(models
 
 
 def test_other_names_than_keras_go_in_order(models):
-    from outrider_exporters.sources import interface_from_module, torch_predict
+    from outrider_exporters.sources.module import interface_from_module, torch_predict
 
     model, inputs = models.two_inputs_two_outputs(as_dict=False), mixed(3)
     renamed = {"numbers": inputs["a"], "words": inputs["tokens"]}
@@ -106,7 +106,7 @@ def test_other_names_than_keras_go_in_order(models):
 
 
 def test_a_registered_subclass_gets_its_inputs_by_parameter_name(models):
-    from outrider_exporters.sources import interface_from_module, torch_predict
+    from outrider_exporters.sources.module import interface_from_module, torch_predict
 
     model = models.Subclassed()
     inputs = {"second": np.ones((2, 3), np.float32), "first": np.zeros((2, 3), np.float32)}
@@ -116,7 +116,7 @@ def test_a_registered_subclass_gets_its_inputs_by_parameter_name(models):
 
 
 def test_a_model_that_keras_cannot_copy_says_what_to_do(models):
-    from outrider_exporters.sources import evaluation_copy
+    from outrider_exporters.sources.module import evaluation_copy
 
     model = models.Unregistered(2)
     model(np.ones((1, 3), np.float32))
@@ -128,7 +128,7 @@ def test_a_model_that_keras_cannot_copy_says_what_to_do(models):
 def test_the_copy_trains_as_keras_does_and_only_what_is_trainable(models):
     import torch
 
-    from outrider_exporters.sources import as_tensors, trainable_copy
+    from outrider_exporters.sources.module import as_tensors, trainable_copy
 
     model = models.image_classifier()
     model.layers[0].trainable = False
@@ -159,7 +159,7 @@ def test_pruning_a_keras_model_is_refused_at_once(models, tmp_path):
 
 
 def test_nan_in_a_keras_weight_is_found(models):
-    from outrider_exporters.sources import evaluation_copy
+    from outrider_exporters.sources.module import evaluation_copy
 
     model = models.image_classifier()
     model.layers[4].bias.assign(np.full(16, np.nan))
@@ -171,7 +171,7 @@ def test_another_backend_is_refused_with_what_to_set(tmp_path):
     """In a process of its own: the backend is chosen once."""
     code = (
         "import keras\n"
-        "from outrider_exporters.sources import evaluation_copy\n"
+        "from outrider_exporters.sources.module import evaluation_copy\n"
         "from outrider_runtimes.errors import ExportError\n"
         "model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])\n"
         "try:\n"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from outrider_exporters.sources import evaluation_copy, interface_from_module, torch_predict
+from outrider_exporters.sources.module import evaluation_copy, interface_from_module, torch_predict
 from outrider_runtimes.errors import ExportError, InputError
 from support.networks import Returns, SmallCnn, TokenClassifier, TwoSided, normal, seeded
 

@@ -19,7 +19,7 @@ from outrider_exporters.convert.files import (
 from outrider_exporters.convert.fuse import fuse_transposed
 from outrider_exporters.convert.quiet import quiet
 from outrider_exporters.rows import example_rows
-from outrider_exporters.sources import PositionalModule, as_tensors, torch_predict
+from outrider_exporters.sources.module import PositionalModule, as_tensors, torch_predict
 from outrider_runtimes.errors import MissingExtra, ModelLoadError, OutriderError
 from outrider_runtimes.tensors import Array, Interface, Tensors
 

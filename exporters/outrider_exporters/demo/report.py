@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from outrider_exporters.demo.stream import Outcome
-from outrider_exporters.page import BLUE, GREEN, ORANGE, RASTER_DPI, RED, figure, note, svg, table, write_page
+from outrider_exporters.report.html import BLUE, GREEN, ORANGE, RASTER_DPI, RED, figure, note, svg, table, write_page
 
 COLOURS = {"edge": BLUE, "cloud": ORANGE, "edge_degraded": RED, "hybrid": GREEN}
 PACKAGES = ("outrider", "torch", "onnx", "onnxruntime", "ai-edge-litert", "ai-edge-quantizer", "torch-pruning")

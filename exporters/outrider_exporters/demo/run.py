@@ -30,6 +30,7 @@ MAX_DROP_POINTS = 1.0
 GATE_SAMPLES = 2_000
 CALIBRATION_SAMPLES = 2_000
 FINE_TUNING_SAMPLES = 8_000
+GOLDEN_ROWS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +160,7 @@ def _export(models: tuple[Any, Any], digits: Digits, seed: int, folder: Path, sa
             calibration={"image": digits.calibration.images},
             test=disturbed(digits.test, GATE_SAMPLES, GENTLE, rng),
         ),
+        "golden": {"image": digits.test.images[:GOLDEN_ROWS]},
         "evaluate": accuracy,
         "signing_keys": [key],
         "seed": seed,
@@ -177,9 +179,9 @@ def _export(models: tuple[Any, Any], digits: Digits, seed: int, folder: Path, sa
             teacher=strong,
             recipe=Recipe([Prune(ratio=0.5), Distill(temperature=4.0), Quantize("int8")]),
             formats=("onnx", "tflite"),
-            targets=("pi4", "pi5"),
             gates=[MaxDrop("accuracy", points=MAX_DROP_POINTS)],
             output=folder / "digits.outrider",
+            report=folder / "export.html",
             progress=show,
         )
         export(strong, **common, name="digits-large", formats=("onnx",), output=folder / "digits-large.outrider")

@@ -21,7 +21,7 @@ from outrider_runtimes.tensors import Interface, Tensors
 if TYPE_CHECKING:
     from torch import nn
 
-    from outrider_exporters.sources import PositionalModule
+    from outrider_exporters.sources.module import PositionalModule
 
 Fit = Callable[["nn.Module", Any], None]
 DIVERGED = "the training diverged: a smaller learning rate, or fewer steps"
@@ -193,7 +193,7 @@ def weigh(network: PositionalModule, context: PassContext) -> Weight:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from outrider_exporters.sources import as_tensors
+    from outrider_exporters.sources.module import as_tensors
 
     row = as_tensors(list(example_rows(context.example, context.interface, 1).values()))
     counter = FlopCounterMode(display=False)

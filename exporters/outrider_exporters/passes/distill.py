@@ -22,7 +22,7 @@ from outrider_runtimes.tensors import Array, Interface, Tensors
 if TYPE_CHECKING:
     from torch import nn
 
-    from outrider_exporters.sources import PositionalModule
+    from outrider_exporters.sources.module import PositionalModule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +177,7 @@ class _Loop:
         """One pass over the rows in random order; the mean loss."""
         import torch
 
-        from outrider_exporters.sources import as_tensors
+        from outrider_exporters.sources.module import as_tensors
 
         config, lessons, rows = self._config, self._lessons, len(self._lessons.targets)
         total = torch.zeros(1, dtype=torch.float64)
@@ -230,7 +230,7 @@ def _position(interface: Interface, output: str) -> int:
 
 def _prepare(network: PositionalModule, context: PassContext, output: str) -> _Lessons:
     """Check teacher and targets against the network, and ask the teacher once for every row."""
-    from outrider_exporters.sources import torch_predict
+    from outrider_exporters.sources.module import torch_predict
 
     if context.teacher is None or context.data.train is None:
         raise ConfigError("distill needs a teacher and data.train")
@@ -261,7 +261,7 @@ def _prepare(network: PositionalModule, context: PassContext, output: str) -> _L
 
 def _teacher_scores(teacher: nn.Module, inputs: Tensors, context: PassContext, output: str) -> Array:
     """The teacher's output for every row: float [rows, ...]."""
-    from outrider_exporters.sources import interface_from_module, torch_predict
+    from outrider_exporters.sources.module import interface_from_module, torch_predict
 
     ordered = {spec.name: context.example[spec.name] for spec in context.interface.inputs}
     axes = {spec.name: spec.axes for spec in context.interface.inputs}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from outrider_exporters.passes.sensitivity import Sensitivity
-    from outrider_exporters.sources import PositionalModule
+    from outrider_exporters.sources.module import PositionalModule
 
 
 EXAMPLE_ROWS = 2  # a batch of one would hide an axis that is squeezed away
@@ -230,7 +230,7 @@ class _Work:
 
 def examples_of(context: PassContext) -> tuple[torch.Tensor, ...]:
     """A few rows of the example, as the network's positional arguments."""
-    from outrider_exporters.sources import as_tensors
+    from outrider_exporters.sources.module import as_tensors
 
     return as_tensors(list(example_rows(context.example, context.interface, EXAMPLE_ROWS).values()))
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from outrider_exporters.sources import PositionalModule
+    from outrider_exporters.sources.module import PositionalModule
 
 WEIGHT_MAX = 127
 STEPS = 255

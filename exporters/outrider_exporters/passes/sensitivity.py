@@ -19,7 +19,7 @@ from outrider_runtimes.tensors import Array, Tensors
 if TYPE_CHECKING:
     import torch
 
-    from outrider_exporters.sources import PositionalModule
+    from outrider_exporters.sources.module import PositionalModule
 
 SCAN_RATIOS = (0.25, 0.5, 0.75)
 SCAN_ROWS = 1000  # one row is then a tenth of a percentage point
@@ -170,7 +170,7 @@ def _training_rows(context: PassContext) -> tuple[dict[str, Array], Array]:
 def _metrics(
     network: PositionalModule, context: PassContext, rows: tuple[Tensors, Array], what: str
 ) -> Mapping[str, float]:
-    from outrider_exporters.sources import torch_predict
+    from outrider_exporters.sources.module import torch_predict
 
     if context.evaluate is None:
         raise ConfigError("a scan needs evaluate")

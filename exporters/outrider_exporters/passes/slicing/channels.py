@@ -16,7 +16,7 @@ from outrider_exporters.passes.slicing.trace import Tensors, attention_modules, 
 from outrider_runtimes.errors import MissingExtra
 
 if TYPE_CHECKING:
-    from outrider_exporters.sources import PositionalModule
+    from outrider_exporters.sources.module import PositionalModule
 
 ROOTS = (nn.Linear, nn.modules.conv._ConvNd)
 NORMS_OVER_CHANNELS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)

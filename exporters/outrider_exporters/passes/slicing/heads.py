@@ -12,7 +12,7 @@ from outrider_exporters.passes.slicing.attention import SlimAttention
 from outrider_exporters.passes.slicing.trace import Wiring, kept, least, normalised
 
 if TYPE_CHECKING:
-    from outrider_exporters.sources import PositionalModule
+    from outrider_exporters.sources.module import PositionalModule
 
 HEAD_COUNTS = ("heads", "num_heads", "n_heads", "nheads", "nhead", "n_head", "num_attention_heads")
 

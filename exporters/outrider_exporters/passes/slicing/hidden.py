@@ -12,7 +12,7 @@ from outrider_exporters.passes.slicing.channels import RECURRENT
 from outrider_exporters.passes.slicing.trace import Wiring, kept, least, normalised
 
 if TYPE_CHECKING:
-    from outrider_exporters.sources import PositionalModule
+    from outrider_exporters.sources.module import PositionalModule
 
 Reader = nn.Linear | nn.RNNBase
 

@@ -18,7 +18,7 @@ from outrider_exporters.passes.slicing.part import Part
 from outrider_exporters.passes.slicing.trace import Tensors, Wiring
 
 if TYPE_CHECKING:
-    from outrider_exporters.sources import PositionalModule
+    from outrider_exporters.sources.module import PositionalModule
 
 EXACT = 1e-4  # of the output's range; float32 sums in another order differ by a hundredth of it
 

@@ -11,7 +11,7 @@ from torch import nn
 from outrider_exporters.passes.slicing.attention import SlimAttention
 
 if TYPE_CHECKING:
-    from outrider_exporters.sources import PositionalModule
+    from outrider_exporters.sources.module import PositionalModule
 
 Tensors = tuple[torch.Tensor, ...]
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from outrider_exporters.rows import Predict, count_rows, default_axes, tile_rows
-from outrider_exporters.source_checks import check_answers, check_kind, check_weights
-from outrider_exporters.source_keras import (
+from outrider_exporters.sources.checks import check_answers, check_kind, check_weights
+from outrider_exporters.sources.keras_model import (
     COPY_HINT,
     call_keras,
     check_copy,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outrider_exporters.recipe_model import call_reference
+from outrider_exporters.recipe.model import call_reference
 from outrider_runtimes.errors import ExportError, MissingExtra
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The JSON schema of a recipe file, made from the dataclasses: ``python -m outrider_exporters.recipe_schema``.
+"""The JSON schema of a recipe file, made from the dataclasses: ``python -m outrider_exporters.recipe.schema``.
 
 ``docs/recipe.schema.json`` is what this prints; a test keeps it so.
 """

@@ -11,7 +11,7 @@ from outrider.bundle.manifest import FORMATS
 from outrider_exporters.convert.files import ModelFile, predict_file
 from outrider_exporters.passes.base import PassContext, Weight, weigh
 from outrider_exporters.rows import Predict
-from outrider_exporters.source_keras import is_keras
+from outrider_exporters.sources.keras_model import is_keras
 from outrider_runtimes.errors import ConfigError, ExportError, InputError, MissingExtra
 from outrider_runtimes.tensors import Interface, Tensors
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from outrider_exporters.recipe import Recipe
-    from outrider_exporters.sources import PositionalModule
+    from outrider_exporters.sources.module import PositionalModule
 
 FREE_PRECISION = "float32"  # what can be quantized
 
@@ -70,7 +70,7 @@ class Source:
         """What quantizers start from: ``file``, or a copy with the signature that the one for TFLite needs."""
         if self.file is None or file.format != "tflite":
             return file
-        from outrider_exporters.source_files import with_signature
+        from outrider_exporters.sources.files import with_signature
 
         return with_signature(file, folder / f"{file.path.stem}-signed.tflite")
 
@@ -78,7 +78,7 @@ class Source:
         """Parameters and multiply-accumulates a row. Of a file only its parameters are counted; its MACs are 0."""
         if self.network is not None:
             return weigh(self.network, context)
-        from outrider_exporters.source_files import count_parameters
+        from outrider_exporters.sources.files import count_parameters
 
         return Weight(parameters=0 if self.file is None else count_parameters(self.file), macs=0)
 
@@ -86,7 +86,7 @@ class Source:
         """The source as it is now, behind its interface: the reference that variants are compared with."""
         if self.file is not None:
             return predict_file(self.file, self.interface)
-        from outrider_exporters.sources import torch_predict
+        from outrider_exporters.sources.module import torch_predict
 
         return torch_predict(self.module, self.interface)
 
@@ -127,7 +127,7 @@ def open_source(
         import torch  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingExtra("torch", extra="export", purpose="export") from error
-    from outrider_exporters.sources import interface_from_module, trainable_copy
+    from outrider_exporters.sources.module import interface_from_module, trainable_copy
 
     interface = interface_from_module(model, example, outputs, **options)
     network = trainable_copy(model, [spec.name for spec in interface.inputs], list(outputs))
@@ -172,7 +172,7 @@ def _refuse_keras(source: Source, recipe: Recipe) -> None:
 def _open_file(
     path: Path, example: Tensors | None, outputs: Sequence[str] | None, options: Mapping[str, Any]
 ) -> Source:
-    from outrider_exporters.source_files import declare
+    from outrider_exporters.sources.files import declare
 
     try:
         declared = declare(path, example=example, one_is_batch=True, **options)

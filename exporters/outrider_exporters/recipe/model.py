@@ -94,7 +94,7 @@ def _model(file: RecipeFile) -> Any:
     folder = Path(file.path).parent
     if file.model_file:
         return folder / file.model_file
-    from outrider_exporters.checkpoints import load_checkpoint
+    from outrider_exporters.sources.checkpoints import load_checkpoint
 
     return load_checkpoint(
         folder / file.checkpoint, build=lambda: call_reference(file.build, f"{file.path}: model.build")

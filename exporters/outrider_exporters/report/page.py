@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from outrider_exporters.page import BLUE, GREEN, GREY, ORANGE, RED, figure, note, svg, table, write_page
 from outrider_exporters.progress import duration_text
 from outrider_exporters.recipe import to_toml
+from outrider_exporters.report.html import BLUE, GREEN, GREY, ORANGE, RED, figure, note, svg, table, write_page
 
 NOTE = (
     "Everything on this page was measured by the export that wrote it. Latencies are those of the exporting host, one "

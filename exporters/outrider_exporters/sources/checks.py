@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from outrider_exporters.source_keras import is_keras, refuse_backend
+from outrider_exporters.sources.keras_model import is_keras, refuse_backend
 from outrider_runtimes.errors import ExportError
 from outrider_runtimes.tensors import Array
 
