@@ -206,12 +206,11 @@ class MaxSize:
 
     def judge(self, figures: Figures, baseline: Metrics) -> GateResult:
         """The file's size against the bound."""
-        return GateResult(
-            gate=gate_to_dict(self),
-            variant=figures.variant,
+        return _at_most(
+            self,
+            figures,
             figure=figures.size_bytes,
             bound=self.bytes,
-            passed=figures.size_bytes <= self.bytes,
             text=f"the file has {figures.size_bytes} bytes, at most {self.bytes} are allowed",
         )
 
@@ -235,12 +234,11 @@ class MaxLatency:
 
     def judge(self, figures: Figures, baseline: Metrics) -> GateResult:
         """The host's median against the bound."""
-        return GateResult(
-            gate=gate_to_dict(self),
-            variant=figures.variant,
+        return _at_most(
+            self,
+            figures,
             figure=figures.latency_ms,
             bound=self.ms,
-            passed=figures.latency_ms <= self.ms,
             text=f"one row takes {figures.latency_ms:.3f} ms on this host, at most {self.ms:g} are allowed",
         )
 
@@ -261,15 +259,25 @@ class MaxParityError:
 
     def judge(self, figures: Figures, baseline: Metrics) -> GateResult:
         """The largest difference against the bound."""
-        return GateResult(
-            gate=gate_to_dict(self),
-            variant=figures.variant,
+        return _at_most(
+            self,
+            figures,
             figure=figures.parity,
             bound=self.share,
-            passed=figures.parity <= self.share,
             text=f"its outputs differ from the torch network's by {figures.parity:.3g} of their range, "
             f"at most {self.share:g} is allowed",
         )
+
+
+def _at_most(gate: Gate, figures: Figures, *, figure: float, bound: float, text: str) -> GateResult:
+    return GateResult(
+        gate=gate_to_dict(gate),
+        variant=figures.variant,
+        figure=figure,
+        bound=bound,
+        passed=figure <= bound,
+        text=text,
+    )
 
 
 GATES: dict[str, type[Any]] = {

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
 
 from outrider_runtimes.engines import _protobuf, engine_named
 from outrider_runtimes.errors import ModelLoadError
 from support.models import onnx_linear, onnx_model
-
-onnx = pytest.importorskip("onnx")
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 WEIGHTS = np.arange(4, dtype=np.float32)
 

@@ -9,11 +9,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import uvicorn
 
-uvicorn = pytest.importorskip("uvicorn")
-
-from outrider.endpoint.app import build_app  # noqa: E402
-from outrider.endpoint.protocol import BoundedProtocol  # noqa: E402
+from outrider.endpoint.app import build_app
+from outrider.endpoint.protocol import BoundedProtocol
 
 
 class Hasty(BoundedProtocol):

@@ -18,9 +18,6 @@ from outrider_runtimes.remote import Remote
 from support.hybrids import EndpointProcess, onnx_model
 from support.realbundles import INTERFACE, expected, images, make_real_bundle
 
-pytest.importorskip("onnxruntime")
-pytest.importorskip("uvicorn")
-
 DEADLINE_MS = 1000.0
 LATE_MS = 5000.0  # what a loaded test machine may add; the promise's 5 ms are the benchmark's to measure
 ALL_UNCERTAIN = Policy(DEADLINE_MS, min_margin=1.0, open_s=0.1, open_max_s=0.4)

@@ -16,8 +16,6 @@ from support.hybrids import onnx_model
 from support.ports import free_port
 from support.realbundles import expected, images
 
-pytest.importorskip("onnxruntime")
-
 DEADLINE_MS = 1000.0
 LATE_MS = 5000.0  # what a loaded test machine may add
 ALL_UNCERTAIN = Policy(DEADLINE_MS, min_margin=1.0, open_s=0.2, open_max_s=0.4)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -91,3 +95,39 @@ def _environment(wheel: Path, extra: str, folder: Path) -> str:
     pins = [] if extra == "tflite-legacy" else ["-c", str(ROOT / ".ci" / "constraints.txt")]
     subprocess.run([python, "-m", "pip", "install", "--quiet", *pins, what], check=True)
     return python
+
+
+def test_the_four_commands_of_the_readme_work_as_they_stand(
+    wheel: Path, demo_run: dict[str, Any], tmp_path: Path
+) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"in four commands.*?```\n(.*?)```", readme, re.DOTALL)
+    assert found is not None
+    commands = found.group(1).strip()
+    assert len(commands.splitlines()) == 4
+    _pi_folder(wheel, Path(demo_run["bundle"]["path"]).parent, tmp_path)
+    result = subprocess.run(
+        ["bash", "-euc", f'python3() {{ {shlex.quote(sys.executable)} "$@"; }}\n{commands}'],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "STATE_DIRECTORY": str(tmp_path / "state"), "PYTHONPATH": ""},
+    )
+    assert result.returncode == 0, result.stderr
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 20
+    assert all(answer["source"] in {"edge", "edge_degraded"} for answer in answers)
+
+
+def _pi_folder(wheel: Path, demo: Path, folder: Path) -> None:
+    """What the README says to copy, with servers that are not there and 20 inputs."""
+    example = ROOT / "firmware_examples" / "raspberry_pi"
+    for file in (wheel, demo / "digits.outrider", example / "device.py"):
+        shutil.copy(file, folder)
+    config = (example / "config.toml").read_text(encoding="utf-8")
+    for there, nowhere in (("192.0.2.10:8000", "127.0.0.1:9"), ("192.0.2.10:1883", "127.0.0.1:9"), ("= 10.0", "= 0.1")):
+        assert there in config
+        config = config.replace(there, nowhere)
+    (folder / "config.toml").write_text(config, encoding="utf-8")
+    with np.load(demo / "stream.npz") as stream:
+        np.savez(folder / "stream.npz", image=stream["image"][:20])

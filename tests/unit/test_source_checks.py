@@ -59,7 +59,8 @@ def test_quantized_layers_are_named():
 
 
 def test_weights_quantized_by_torchao_are_named():
-    torchao = pytest.importorskip("torchao.quantization")
+    import torchao.quantization as torchao
+
     module = nn.Sequential(nn.Linear(64, 64))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -185,6 +185,7 @@ def _export(models: tuple[Any, Any], digits: Digits, seed: int, folder: Path, sa
             progress=show,
         )
         export(strong, **common, name="digits-large", formats=("onnx",), output=folder / "digits-large.outrider")
+    say.say(f"what the export did, layer by layer: {folder / 'export.html'}")
     for stage in (report.baseline, *report.stages):
         say.say(f"{stage.name}: {stage.parameters:,} parameters, accuracy {stage.metrics['accuracy']:.2%}")
     return Exported(
