@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "checkpoints": ("load_checkpoint",),
+    "sources.checkpoints": ("load_checkpoint",),
     "data": ("Data",),
     "export": ("export",),
     "gates": ("GateResult", "MaxDrop", "MaxLatency", "MaxMetric", "MaxParityError", "MaxSize", "MinMetric"),
