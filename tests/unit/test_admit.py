@@ -23,6 +23,8 @@ from outrider_runtimes.errors import AdmissionError, NoEngine, StoreError
 from support import tinymodels
 from support.realbundles import ONNX, TFLITE, make_real_bundle
 
+pytestmark = pytest.mark.slow
+
 W = tinymodels.weights()
 
 

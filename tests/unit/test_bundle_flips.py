@@ -64,6 +64,7 @@ def test_every_flipped_bit_outside_the_members_is_refused_by_opening(sound):
     verify_bundle(sound)
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_in_a_member_is_refused_by_verify(sound):
     inside = [offset for span in _member_ranges(sound) for offset in span]
     assert len(inside) > 200

@@ -13,6 +13,8 @@ import pytest
 
 from outrider.supervise import Ended, Limits, child_environment, default_rss_bytes, run_child
 
+pytestmark = pytest.mark.slow
+
 LIMITS = Limits(wall_s=30.0, cpu_s=30.0, rss_bytes=400 * 2**20, open_files=64)
 
 

@@ -12,6 +12,8 @@ from outrider_exporters.layers import LayerError, Node, blame_text, compare, lay
 from outrider_exporters.sources.module import interface_from_module
 from support.exporters import Small, random_data
 
+pytestmark = pytest.mark.slow
+
 
 def node(output, *inputs, label="", weighted=True):
     return Node(label=label or output, operator="Conv", inputs=inputs, output=output, weighted=weighted)

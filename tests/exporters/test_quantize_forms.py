@@ -16,6 +16,8 @@ from outrider_exporters.sources.module import interface_from_module, torch_predi
 from outrider_runtimes.errors import ConfigError
 from support.exporters import Small, random_data
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def made():

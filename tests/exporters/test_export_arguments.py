@@ -22,6 +22,8 @@ from outrider_runtimes.errors import ConfigError, ExportError, MissingExtra
 from outrider_runtimes.golden import DecisionCheck
 from support.exporters import Small, random_data, run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data():
