@@ -95,7 +95,9 @@ def test_timing_says_where_the_time_went(remote):
     answer = remote.submit({"x": X}, Deadline.after_ms(None)).result(30)
     timing = answer.timing_ms
     assert timing.infer == 0.25
-    assert 0 < timing.network < timing.total
+    # The server says 0.25 ms whatever it took: a quicker round trip than that leaves nothing for the network.
+    assert 0.0 <= timing.network < timing.total
+    assert timing.queue + timing.pre + timing.network + timing.post <= timing.total
     assert remote.estimate_ms() == pytest.approx(timing.total)
 
 
