@@ -95,8 +95,8 @@ def layers_of(job: Job, built: Built, variants: Sequence[str], rows: Tensors) ->
         file = built.files[variant]
         try:
             found[variant] = layer_errors(plain[file.format], file, job.interface, rows)
-        except Exception:
-            _log.debug("the layers of %s cannot be compared", variant, exc_info=True)
+        except Exception as error:
+            _log.warning("the layers of %s cannot be compared, so none is blamed: %s", variant, error)
     return {variant: layers for variant, layers in found.items() if layers}
 
 

@@ -135,7 +135,7 @@ def _check_key(key: Any, position: int) -> None:
 
     try:
         public_bytes(key)
-    except Exception:
+    except (AttributeError, TypeError):
         raise ConfigError(
             f"signing_keys[{position}] is a {type(key).__name__}, not an Ed25519 private key",
             hint="outrider.bundle.load_private_key(path)",

@@ -94,9 +94,8 @@ def test_a_foreign_server_has_the_interface_of_its_metadata():
 def test_timing_says_where_the_time_went(remote):
     answer = remote.submit({"x": X}, Deadline.after_ms(None)).result(30)
     timing = answer.timing_ms
-    assert timing.infer == 0.25
-    # The server says 0.25 ms whatever it took: a quicker round trip than that leaves nothing for the network.
-    assert 0.0 <= timing.network < timing.total
+    assert timing.infer == 0.001  # what the server says whatever it took, so less than any round trip
+    assert 0 < timing.network < timing.total
     assert timing.queue + timing.pre + timing.network + timing.post <= timing.total
     assert remote.estimate_ms() == pytest.approx(timing.total)
 

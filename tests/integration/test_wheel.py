@@ -85,6 +85,11 @@ def test_a_missing_engine_names_the_pip_command(wheel: Path, demo_run: dict[str,
     assert result.returncode == 1
     assert "pip install 'outrider[" in result.stderr
     assert "Traceback" not in result.stderr
+    demo = subprocess.run([python, "-m", "outrider.cli", "demo"], cwd=tmp_path, capture_output=True, text=True)
+    assert demo.returncode == 1
+    assert "pip install 'outrider[demo]'" in demo.stderr
+    assert "Traceback" not in demo.stderr
+    assert not (tmp_path / "demo-output").exists()
 
 
 def _environment(wheel: Path, extra: str, folder: Path) -> str:

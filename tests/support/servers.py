@@ -145,7 +145,7 @@ def good_metadata(server: Server, connection: socket.socket, asked: Asked) -> No
 
 def right_reply(server: Server, asked: Asked) -> oip.Message:
     request = asked.decoded()
-    parameters = {"infer_ms": 0.25} | ({"bundle": server.ours["bundle"]} if server.ours else {})
+    parameters = {"infer_ms": 0.001} | ({"bundle": server.ours["bundle"]} if server.ours else {})
     return oip.encode_reply(
         {"y": request.inputs["x"] * np.float32(2)}, model="m", version="1", request=request, parameters=parameters
     )

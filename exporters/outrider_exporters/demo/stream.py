@@ -17,7 +17,7 @@ from outrider_exporters.demo.console import Narrator
 from outrider_exporters.demo.processes import Process, answers_http, free_port, listens
 from outrider_runtimes.errors import OutriderError
 
-DEADLINE_MS = 200.0  # all five processes share the cores of one machine
+DEADLINE_MS = 100.0
 FLUSH_S = 60.0
 # Shares of the stream. The endpoint is back before the circuit breaker asks again, 5 s after it opened.
 ENDPOINT_OUTAGE = (0.25, 0.35)
