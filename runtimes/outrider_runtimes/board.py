@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 X86_FEATURES = frozenset(
     ["sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx_vnni", "amx_int8"]
@@ -40,6 +41,16 @@ class Board:
     cpus: int
     memory_bytes: int
     python: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "machine": self.machine,
+            "features": sorted(self.features),
+            "cpus": self.cpus,
+            "memory_bytes": self.memory_bytes,
+            "python": self.python,
+        }
 
 
 def this_board(root: Path = Path("/"), *, affinity: int | None = None, machine: str | None = None) -> Board:

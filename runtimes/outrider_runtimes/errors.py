@@ -15,10 +15,18 @@ OutriderError                      what went wrong, where; ``hint`` says what to
 │   ├── StateDirectoryError        cannot be created, read or written
 │   └── NotInstalled               no bundle of that name, or nothing to go back to
 ├── AdmissionError                 a bundle that failed its first run on this board
+│   ├── AdmissionCrash             it killed the process that tried it
+│   │   └── AdmissionIllegal       ... by an instruction that this CPU does not have
+│   ├── AdmissionHang              it did not end
+│   ├── AdmissionLimit             it used more memory or processor time than it may
+│   ├── AdmissionAnswer            it answered its golden inputs otherwise than when it was packed
+│   │   └── AdmissionNaN           ... with NaN
+│   └── AdmissionSlow              nothing in it answers within the bound that the caller set
 ├── EngineError                    an inference engine
 │   ├── NoEngine                   none here can run any variant; says why, one by one
 │   ├── ModelLoadError             an engine refused the model file
-│   └── InferenceError             an engine failed on valid inputs
+│   ├── InferenceError             an engine failed on valid inputs
+│   └── RolledBack                 a fresh bundle failed; what is current now has another interface
 ├── InterfaceMismatch              two sides that should stand in for each other do not
 ├── DeadlineExceeded (TimeoutError)
 ├── RunnerError                    a worker or an endpoint could not take or finish the request
@@ -29,6 +37,7 @@ OutriderError                      what went wrong, where; ``hint`` says what to
 │   └── ReplyError                 the server's answer is not what the protocol or the interface allows
 ├── TelemetryError                 the spool or the reporter
 ├── ConfigError                    a recipe, a policy or a configuration file
+├── RehearsalError                 a board's userland that cannot be made or started on this machine
 ├── ExportError                    an export that could not be finished
 │   └── GateMissed                 a bound that the user set was not met; no bundle was written
 └── MissingExtra (ImportError)     an optional dependency; names the exact pip command
@@ -110,6 +119,38 @@ class AdmissionError(OutriderError):
     """A bundle crashed, hung or answered wrongly in its first run on this board; it was not activated."""
 
 
+class AdmissionCrash(AdmissionError):
+    """A variant killed the process that tried it. ``signal`` is the signal's number, 0 where it exited by itself."""
+
+    def __init__(self, message: str, *, signal: int = 0, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.signal = signal
+
+
+class AdmissionIllegal(AdmissionCrash):
+    """A variant, or its engine, used an instruction that this CPU does not have."""
+
+
+class AdmissionHang(AdmissionError):
+    """A variant did not end within the wall clock that it may take."""
+
+
+class AdmissionLimit(AdmissionError):
+    """A variant used more memory or processor time than it may."""
+
+
+class AdmissionAnswer(AdmissionError):
+    """A variant's answers to the golden inputs are not those that the bundle was packed with."""
+
+
+class AdmissionNaN(AdmissionAnswer):
+    """A variant answered golden inputs with NaN."""
+
+
+class AdmissionSlow(AdmissionError):
+    """No variant answers within the latency bound that the caller set."""
+
+
 class EngineError(OutriderError):
     """An inference engine could not do its work."""
 
@@ -124,6 +165,10 @@ class ModelLoadError(EngineError):
 
 class InferenceError(EngineError):
     """An engine failed on inputs that the interface allows."""
+
+
+class RolledBack(EngineError):
+    """A fresh bundle failed and was rolled back to one with another interface, so this model cannot go on."""
 
 
 class InterfaceMismatch(OutriderError):
@@ -168,6 +213,10 @@ class TelemetryError(OutriderError):
 
 class ConfigError(OutriderError):
     """A recipe, a policy or a configuration file; the message names the key's path."""
+
+
+class RehearsalError(OutriderError):
+    """A board cannot be rehearsed on this machine: a tool, a package or the network is missing."""
 
 
 class ExportError(OutriderError):

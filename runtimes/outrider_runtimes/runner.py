@@ -6,7 +6,7 @@ import math
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from outrider_runtimes.deadline import Deadline
 from outrider_runtimes.errors import DeadlineExceeded, RunnerClosed
@@ -15,8 +15,7 @@ from outrider_runtimes.tensors import Array, Interface, Tensors
 NEWEST_SHARE = 0.2  # of the newest duration in the average: five requests bring most of a change
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Timing:
+class Timing(NamedTuple):
     """Where the time of one request went, in milliseconds. ``total`` is what the caller waited."""
 
     queue: float = 0.0
@@ -28,11 +27,24 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """Outputs at the interface, by name; the caller's to keep."""
+class Served:
+    """What answered: a variant of a bundle on an engine. As in ``outrider.Prediction``."""
+
+    variant: str
+    engine: str
+    bundle: str
+    verified: bool
+
+
+class Answer(NamedTuple):
+    """Outputs at the interface, by name; the caller's to keep.
+
+    ``served`` is set by a runner that may change what it serves between two calls.
+    """
 
     outputs: dict[str, Array]
     timing_ms: Timing
+    served: Served | None = None
 
 
 class Runner(Protocol):

@@ -8,15 +8,50 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from outrider_runtimes.errors import DtypeError, FormatError, NotFiniteError, ShapeError, UnknownTensor
+from outrider_runtimes._inputs import (
+    Check,
+    Finite,
+    by_name,
+    check_inputs,
+    check_named,
+    compile_check,
+    fits,
+    readable_shape,
+)
+from outrider_runtimes.errors import FormatError
+
+if TYPE_CHECKING:
+    from outrider_runtimes.processing import Processing
+
+__all__ = [
+    "BATCH_AXIS",
+    "DTYPES",
+    "MALFORMED",
+    "MAX_SIGNATURES",
+    "PROCESSING_KEYS",
+    "Array",
+    "Binding",
+    "Check",
+    "Finite",
+    "Interface",
+    "Shape",
+    "StatePair",
+    "TensorBinding",
+    "TensorSpec",
+    "Tensors",
+    "by_name",
+    "check_inputs",
+    "check_named",
+    "compile_check",
+]
 
 Array = NDArray[Any]
 Tensors = Mapping[str, Array]
@@ -39,7 +74,8 @@ DTYPES = frozenset(
     ]
 )
 BATCH_AXIS = "N"
-_NATIVE = {name: np.dtype(name) for name in DTYPES}
+MAX_SIGNATURES = 64  # of one model file
+PROCESSING_KEYS = frozenset(["preprocessing", "postprocessing", "network"])
 # What taking apart JSON of another form raises: a list for a dict, a word for a number, 1e400.
 MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError)
 
@@ -53,7 +89,8 @@ class TensorSpec:
         dtype: a numpy name out of ``DTYPES``.
         shape: sizes; None where any size is allowed.
         axes: one letter a dimension (``"NCHW"``); ``N`` is what batching acts on and is always the first; empty
-            when the tensor has no batch axis and its axes have no names.
+            when the tensor has no batch axis and its axes have no names. A letter whose size is None in several
+            inputs is one size in all of them.
         range: the finite bounds within which values are expected, or None.
         meaning: for people: unit, colour order, what 1.0 stands for.
     """
@@ -114,16 +151,45 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StatePair:
+    """Two tensors of one dtype and shape: what a recurrent model gives as ``output`` is the next call's ``input``."""
+
+    input: str
+    output: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON stores it."""
+        return {"input": self.input, "output": self.output}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> StatePair:
+        """The inverse of ``to_dict``. Raises FormatError."""
+        try:
+            return cls(input=_text(data["input"]), output=_text(data["output"]))
+        except MALFORMED as error:
+            raise FormatError(f"interface: state is malformed: {error!r}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Interface:
     """What a model takes and gives, whatever file, precision or machine serves it.
 
-    Two bundles with equal ``digest`` may stand in for each other. ``extra`` holds keys of newer versions; they are
-    kept and count in the digest.
+    Two bundles with equal ``digest`` may stand in for each other.
+
+    Attributes:
+        inputs, outputs: what a caller passes and gets.
+        labels: what the classes are called.
+        state: pairs of an input and an output; the others are what changes from call to call.
+        processing: what is done between the caller's tensors and the network's; None where they are the same. It is
+            no part of the digest: a bigger network behind another resize gives the caller the same.
+        extra: keys of newer versions; they are kept and count in the digest.
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     labels: tuple[str, ...] = ()
+    state: tuple[StatePair, ...] = ()
+    processing: Processing | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -131,15 +197,67 @@ class Interface:
             names = [spec.name for spec in side]
             if not names or len(set(names)) != len(names):
                 raise FormatError(f"interface: names must be given and distinct, not {names}")
+        _check_state(self)
 
     @property
     def digest(self) -> str:
-        """sha256 of the canonical JSON, in hex."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+        """sha256 of the canonical JSON of all but the processing, in hex."""
+        text = json.dumps(self.offered(), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def shared_axes(self) -> tuple[tuple[str, tuple[tuple[int, int], ...]], ...]:
+        """Letters of any size, N aside, that stand in several inputs: each with its (input, axis) places."""
+        places: dict[str, list[tuple[int, int]]] = {}
+        for at, spec in enumerate(self.inputs):
+            for axis, letter in enumerate(spec.axes):
+                if letter != BATCH_AXIS and spec.shape[axis] is None:
+                    places.setdefault(letter, []).append((at, axis))
+        return tuple((letter, tuple(found)) for letter, found in places.items() if len(found) > 1)
+
+    @cached_property
+    def network(self) -> Interface:
+        """What model files are bound to: the tensors inside the processing."""
+        if self.processing is None:
+            return self
+        return replace(self, inputs=self.processing.inputs, outputs=self.processing.outputs, processing=None)
+
+    @property
+    def judged(self) -> Interface:
+        """What a golden stores: the caller's inputs, and the network's outputs before any postprocessing.
+
+        Suppression and top-k jump where two candidates are level, so that no bound on their values would mean much.
+        """
+        if self.processing is None:
+            return self
+        return replace(self, outputs=self.processing.outputs, processing=replace(self.processing, after=()))
 
     def to_dict(self) -> dict[str, Any]:
         """As the manifest stores it."""
+        return {**self.offered(), **({} if self.processing is None else self.processing.to_dict())}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Interface:
+        """The inverse of ``to_dict``. Raises FormatError, or UnsupportedBundle for a step that is unknown here."""
+        known = {"inputs", "outputs", "labels", "state", *PROCESSING_KEYS}
+        try:
+            interface = cls(
+                inputs=tuple(TensorSpec.from_dict(item) for item in data["inputs"]),
+                outputs=tuple(TensorSpec.from_dict(item) for item in data["outputs"]),
+                labels=tuple(_text(label) for label in data.get("labels", ())),
+                state=tuple(StatePair.from_dict(item) for item in data.get("state", ())),
+                extra={key: value for key, value in data.items() if key not in known},
+            )
+            if not PROCESSING_KEYS.intersection(data):
+                return interface
+            from outrider_runtimes.processing import processing_from_dict  # only where there are steps
+
+            return replace(interface, processing=processing_from_dict(data, interface))
+        except MALFORMED as error:
+            raise FormatError(f"interface: malformed: {error!r}") from None
+
+    def offered(self) -> dict[str, Any]:
+        """What callers see of it, as JSON stores it: all but the processing."""
         out: dict[str, Any] = {
             **self.extra,
             "inputs": [spec.to_dict() for spec in self.inputs],
@@ -147,21 +265,27 @@ class Interface:
         }
         if self.labels:
             out["labels"] = list(self.labels)
+        if self.state:
+            out["state"] = [pair.to_dict() for pair in self.state]
         return out
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Interface:
-        """The inverse of ``to_dict``. Raises FormatError."""
-        known = {"inputs", "outputs", "labels"}
-        try:
-            return cls(
-                inputs=tuple(TensorSpec.from_dict(item) for item in data["inputs"]),
-                outputs=tuple(TensorSpec.from_dict(item) for item in data["outputs"]),
-                labels=tuple(_text(label) for label in data.get("labels", ())),
-                extra={key: value for key, value in data.items() if key not in known},
+
+def _check_state(interface: Interface) -> None:
+    inputs = {spec.name: spec for spec in interface.inputs}
+    outputs = {spec.name: spec for spec in interface.outputs}
+    for pair in interface.state:
+        for side, name, specs in (("input", pair.input, inputs), ("output", pair.output, outputs)):
+            if name not in specs:
+                raise FormatError(f"interface: state: there is no {side} {name!r}", hint=f"there are {sorted(specs)}")
+        before, after = inputs[pair.input], outputs[pair.output]
+        if (before.dtype, before.shape, before.axes) != (after.dtype, after.shape, after.axes):
+            raise FormatError(
+                f"interface: state {pair.input!r} is {before.dtype} {readable_shape(before)}, "
+                f"{pair.output!r} is {after.dtype} {readable_shape(after)}; they must be alike"
             )
-        except MALFORMED as error:
-            raise FormatError(f"interface: malformed: {error!r}") from None
+    for names in ([pair.input for pair in interface.state], [pair.output for pair in interface.state]):
+        if len(set(names)) != len(names):
+            raise FormatError(f"interface: state: a tensor is in one pair only, not {names}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,14 +354,27 @@ class TensorBinding:
 
 @dataclass(frozen=True, kw_only=True)
 class Binding:
-    """One variant's tensors, in the interface's order."""
+    """One variant's tensors, in the interface's order.
+
+    Attributes:
+        inputs, outputs: tensor by tensor.
+        signatures: the shapes that the file was made for, where it was made for some only: by input of the interface,
+            the file's shape. Its tensors' shapes are None where the signatures differ. Empty for any other file.
+    """
 
     inputs: tuple[TensorBinding, ...]
     outputs: tuple[TensorBinding, ...]
+    signatures: tuple[Mapping[str, tuple[int, ...]], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As the manifest stores it."""
-        return {"inputs": [b.to_dict() for b in self.inputs], "outputs": [b.to_dict() for b in self.outputs]}
+        """As the manifest stores it; what is empty is left out."""
+        out: dict[str, Any] = {
+            "inputs": [b.to_dict() for b in self.inputs],
+            "outputs": [b.to_dict() for b in self.outputs],
+        }
+        if self.signatures:
+            out["signatures"] = [{name: list(shape) for name, shape in item.items()} for item in self.signatures]
+        return out
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], interface: Interface) -> Binding:
@@ -246,11 +383,15 @@ class Binding:
             binding = cls(
                 inputs=tuple(TensorBinding.from_dict(item) for item in data["inputs"]),
                 outputs=tuple(TensorBinding.from_dict(item) for item in data["outputs"]),
+                signatures=tuple(
+                    {_text(name): _sizes(shape) for name, shape in item.items()} for item in data.get("signatures", ())
+                ),
             )
         except MALFORMED as error:
             raise FormatError(f"binding: malformed: {error!r}") from None
         for specs, bound in ((interface.inputs, binding.inputs), (interface.outputs, binding.outputs)):
             _match(specs, bound)
+        _check_signatures(binding)
         return binding
 
 
@@ -262,121 +403,30 @@ def _match(specs: tuple[TensorSpec, ...], bound: tuple[TensorBinding, ...]) -> N
             raise FormatError(f"binding of {spec.name!r}: {len(item.shape)} axes, the interface has {len(spec.shape)}")
 
 
-def check_inputs(interface: Interface, inputs: Tensors) -> list[Array]:
-    """The inputs in the interface's order: C-contiguous, native byte order, of the interface's dtype and shape.
-
-    Only what loses nothing is converted (memory order, byte order); anything else is refused. All batched inputs
-    must agree on N.
-
-    Raises:
-        UnknownTensor, DtypeError, ShapeError, NotFiniteError: naming the tensor and what was expected.
-    """
-    if type(inputs) is not dict and not isinstance(inputs, Mapping):
-        raise UnknownTensor(
-            f"the inputs are a {type(inputs).__name__}, not arrays by name",
-            hint=f"pass a mapping with {[spec.name for spec in interface.inputs]}",
-        )
-    if len(inputs) != len(interface.inputs) or any(spec.name not in inputs for spec in interface.inputs):
-        _raise_names(interface, inputs)
-    arrays = []
-    rows: int | None = None
-    for spec in interface.inputs:
-        array = _checked(spec, inputs[spec.name])
-        if array.dtype.kind == "f" and not _all_finite(array):
-            raise NotFiniteError(
-                f"input {spec.name!r} has NaN or infinite values",
-                tensor=spec.name,
-                hint="clean the input before the call; np.isfinite finds the values",
-            )
-        if spec.batched:
-            if rows is not None and array.shape[0] != rows:
-                raise ShapeError(
-                    f"input {spec.name!r} has N = {array.shape[0]}, another input {rows}", tensor=spec.name
-                )
-            rows = array.shape[0]
-        arrays.append(array)
-    return arrays
-
-
-def check_named(interface: Interface, inputs: Tensors) -> dict[str, Array]:
-    """As ``check_inputs``, by name in the interface's order."""
-    arrays = check_inputs(interface, inputs)
-    return {spec.name: array for spec, array in zip(interface.inputs, arrays, strict=True)}
-
-
-def by_name(interface: Interface, inputs: Tensors | Array) -> Tensors:
-    """Inputs by name, unchecked; where there is one input, its array alone will do. Raises UnknownTensor."""
-    if isinstance(inputs, Mapping):
-        return inputs
-    names = [spec.name for spec in interface.inputs]
-    if len(names) != 1:
-        raise UnknownTensor(f"there are {len(names)} inputs", hint=f"pass a mapping with {names}")
-    return {names[0]: inputs}
-
-
-def _raise_names(interface: Interface, inputs: Tensors) -> None:
-    wanted = [spec.name for spec in interface.inputs]
-    for name in wanted:
-        if name not in inputs:
-            raise UnknownTensor(
-                f"input {name!r} is missing",
-                tensor=name,
-                hint=f"pass {wanted}; got {sorted(map(str, inputs))}",
-            )
-    stray = next(name for name in inputs if name not in wanted)
-    raise UnknownTensor(f"there is no input {stray!r}", tensor=str(stray), hint=f"the inputs are {wanted}")
-
-
-def _checked(spec: TensorSpec, value: Any) -> Array:
-    if not isinstance(value, np.ndarray):
-        raise DtypeError(
-            f"input {spec.name!r} is a {type(value).__name__}, not a numpy array",
-            tensor=spec.name,
-            hint=f"np.asarray(x, dtype={spec.dtype!r})",
-        )
-    native = _NATIVE[spec.dtype]
-    # dtype.name costs 4 us, so it is asked only where the dtype is not numpy's own object of that name.
-    if value.dtype is not native and value.dtype.newbyteorder("=").name != spec.dtype:
-        raise DtypeError(
-            f"input {spec.name!r} has dtype {value.dtype}, expected {spec.dtype}",
-            tensor=spec.name,
-            hint=f"x.astype({spec.dtype!r}), if that keeps its meaning",
-        )
-    if not _fits(value.shape, spec.shape):
-        raise ShapeError(
-            f"input {spec.name!r} has shape {list(value.shape)}, expected {_readable(spec)}", tensor=spec.name
-        )
-    if value.flags.c_contiguous and value.dtype.isnative:
-        return value
-    return np.ascontiguousarray(value, dtype=native)
-
-
-def _fits(shape: tuple[int, ...], wanted: Shape) -> bool:
-    if len(shape) != len(wanted):
-        return False
-    if wanted and wanted[0] is None and shape[1:] == wanted[1:]:  # the usual case, in a tenth of the time
-        return True
-    return all(w is None or s == w for s, w in zip(shape, wanted, strict=True))
-
-
-def _readable(spec: TensorSpec) -> str:
-    letters = spec.axes or "?" * len(spec.shape)
-    return "[" + ", ".join(f"{a}" if s is None else str(s) for a, s in zip(letters, spec.shape, strict=True)) + "]"
-
-
-def _all_finite(array: Array) -> bool:
-    """Whether all values are finite. A finite dot product with itself proves it in one pass; else look closer."""
-    flat = array.reshape(-1)
-    # vdot, because dot looks at the processor's error flags and warns of an overflow.
-    if flat.dtype != np.float16 and math.isfinite(np.vdot(flat, flat)):
-        return True
-    return bool(np.isfinite(flat).all())
+def _check_signatures(binding: Binding) -> None:
+    if len(binding.signatures) > MAX_SIGNATURES:
+        raise FormatError(f"binding: {len(binding.signatures)} signatures, at most {MAX_SIGNATURES} are allowed")
+    for position, item in enumerate(binding.signatures):
+        where = f"binding: signatures[{position}]"
+        if set(item) != {bound.name for bound in binding.inputs}:
+            raise FormatError(f"{where}: names {sorted(item)}, the inputs are {[b.name for b in binding.inputs]}")
+        for bound in binding.inputs:
+            if not fits(item[bound.name], bound.shape):
+                raise FormatError(f"{where}: {bound.name!r} has {list(item[bound.name])}, the file {list(bound.shape)}")
+        if item in binding.signatures[:position]:
+            raise FormatError(f"{where}: stands there twice")
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"expected a string, not {value!r}")
     return value
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    if any(type(size) is not int or not 0 <= size < 2**31 for size in value):
+        raise ValueError(f"{value!r:.80} is not made of sizes")
+    return tuple(value)
 
 
 def _shape(value: Any) -> Shape:

@@ -6,9 +6,10 @@ import dataclasses
 import queue
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from typing import Literal, Protocol, get_args
 
-from outrider_runtimes.bound import BoundSession
 from outrider_runtimes.deadline import Clock, Deadline
 from outrider_runtimes.errors import ConfigError, DeadlineExceeded, QueueFull, RunnerClosed
 from outrider_runtimes.runner import Answer, moved_average
@@ -16,7 +17,31 @@ from outrider_runtimes.tensors import Array, Interface, Tensors
 
 SICK_FACTOR = 10.0  # a late call is only late; one that takes ten times the usual is taken for stuck
 SICK_UNMEASURED_S = 1.0  # the same, before any call was measured
+STUCK = "a call is stuck in the engine"
 CLOSE_TIMEOUT_S = 5.0  # a stuck call cannot be ended; close() leaves its thread behind, which is a daemon
+
+Drop = Literal["newest", "oldest"]
+
+
+class Executor(Protocol):
+    """What a worker runs: a ``BoundSession``, or what stands for one. Only its worker's thread calls ``execute``."""
+
+    @property
+    def interface(self) -> Interface:
+        """What it takes and gives."""
+        ...
+
+    def check(self, inputs: Tensors) -> list[Array]:
+        """The inputs in the interface's order. Raises InputError."""
+        ...
+
+    def execute(self, arrays: list[Array], *, check_ms: float = 0.0) -> Answer:
+        """Run what ``check`` returned. Raises InputError, InferenceError."""
+        ...
+
+    def close(self) -> None:
+        """Free it."""
+        ...
 
 
 @dataclasses.dataclass(kw_only=True, slots=True, eq=False)
@@ -33,20 +58,28 @@ class Worker:
     """Runs a session's requests in the order in which they came; safe from several threads.
 
     It owns the session and closes it. The arrays of a request may not be changed before its future is done. A call
-    inside an engine cannot be interrupted: while one is stuck, ``sick`` is true and new requests are refused, and
-    those that wait end when it returns or the worker is closed.
+    inside an engine cannot be interrupted: while one is stuck, ``sick`` is true. The next request then abandons it:
+    its future and those that wait end with an error, and requests are refused until it returns, which it may never do.
+    What can be interrupted is a session in a process of its own, see ``outrider_runtimes.isolated``.
 
     Args:
         session: what runs; no one else may use it.
         queue_size: how many requests may wait beside the one that runs.
+        drop: which request is refused when too many wait: the ``"newest"``, which is not taken, or the ``"oldest"``
+            of those that wait, whose future ends with QueueFull: for a camera, where the latest frame counts.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, session: BoundSession, *, queue_size: int = 8, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self, session: Executor, *, queue_size: int = 8, drop: Drop = "newest", clock: Clock = time.monotonic
+    ) -> None:
         if queue_size < 0:
             raise ConfigError(f"queue_size is {queue_size}, expected 0 or more")
+        if drop not in get_args(Drop):
+            raise ConfigError(f"drop is {drop!r:.40}, expected 'newest' or 'oldest'")
         self._session = session
         self._queue_size = queue_size
+        self._drop = drop
         self._clock = clock
         self._lock = threading.Lock()  # guards the five below
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -54,6 +87,7 @@ class Worker:
         self._ewma_s: float | None = None
         self._running: _Job | None = None
         self._closed = False
+        self._left = False
         self._thread = threading.Thread(target=self._serve, name="outrider-worker", daemon=True)
         self._thread.start()
 
@@ -69,7 +103,10 @@ class Worker:
 
     @property
     def sick(self) -> bool:
-        """Whether the running call has passed its deadline and taken ten times the usual: taken for stuck."""
+        """Whether the running call has passed its deadline and taken ten times the usual: taken for stuck.
+
+        So is one that still runs when ``close`` has waited for it long enough.
+        """
         with self._lock:
             return self._is_sick()
 
@@ -78,7 +115,7 @@ class Worker:
 
         Raises:
             InputError: what was passed is not what the interface says.
-            QueueFull: too many wait, or the worker is sick.
+            QueueFull: too many wait and none of them can be dropped, or the worker is sick.
             RunnerClosed: the worker was closed.
         """
         submitted_s = self._clock()
@@ -91,12 +128,21 @@ class Worker:
         with self._lock:
             if self._closed:
                 raise RunnerClosed("the worker was closed")
-            if self._is_sick():
-                raise QueueFull("a call is stuck in the engine", hint="send it elsewhere, or load the model again")
-            if self._depth > self._queue_size:
-                raise QueueFull(f"{self._depth} requests wait or run, no more than {self._queue_size + 1} may")
-            self._depth += 1
-            self._queue.put(job)
+            stuck = self._running if self._is_sick() else None
+            dropped = self._drained() if stuck is not None else self._make_room()
+            self._depth -= len(dropped)
+            full = self._depth > self._queue_size
+            if stuck is None and not full:
+                self._depth += 1
+                self._queue.put(job)
+        for each in dropped:
+            _fail(each, QueueFull("a newer request took its place" if stuck is None else STUCK))
+        if stuck is not None:
+            with suppress(InvalidStateError):
+                stuck.future.set_exception(DeadlineExceeded(f"{STUCK}; it was abandoned"))
+            raise QueueFull(STUCK, hint="send it elsewhere, or load the model again")
+        if full:
+            raise QueueFull(f"{self._depth} requests wait or run, no more than {self._queue_size + 1} may")
         return future
 
     def estimate_ms(self) -> float | None:
@@ -115,13 +161,25 @@ class Worker:
             _fail(job, RunnerClosed("the worker was closed before the request was begun"))
         if threading.current_thread() is not self._thread:  # a future's callback may close
             self._thread.join(CLOSE_TIMEOUT_S)
+            self._left = True
 
     def _is_sick(self) -> bool:
         job = self._running
-        if job is None or not job.deadline.passed:
+        if job is None or self._left:
+            return job is not None
+        if not job.deadline.passed:
             return False
         usual_s = SICK_UNMEASURED_S if self._ewma_s is None else self._ewma_s * SICK_FACTOR
         return self._clock() - job.begun_s > usual_s
+
+    def _make_room(self) -> list[_Job]:
+        """Under the lock: what has to go so that one more may wait; the thread may take one at the same moment."""
+        if self._drop == "newest" or self._depth <= self._queue_size:
+            return []
+        with suppress(queue.Empty):
+            oldest = self._queue.get_nowait()
+            return [] if oldest is None else [oldest]
+        return []
 
     def _drained(self) -> list[_Job]:
         jobs: list[_Job] = []
@@ -159,10 +217,12 @@ class Worker:
             answer = self._timed(job)
         except BaseException as error:
             self._finish()
-            job.future.set_exception(error)
+            with suppress(InvalidStateError):  # it was stuck, and abandoned
+                job.future.set_exception(error)
         else:
             self._finish()
-            job.future.set_result(answer)
+            with suppress(InvalidStateError):
+                job.future.set_result(answer)
 
     def _timed(self, job: _Job) -> Answer:
         check_s = job.queued_s - job.submitted_s
@@ -171,10 +231,10 @@ class Worker:
         taken_s = done_s - job.begun_s
         with self._lock:
             self._ewma_s = moved_average(self._ewma_s, taken_s)
-        timing = dataclasses.replace(
-            answer.timing_ms, queue=(job.begun_s - job.queued_s) * 1e3, total=(done_s - job.submitted_s) * 1e3
+        timing = answer.timing_ms._replace(
+            queue=(job.begun_s - job.queued_s) * 1e3, total=(done_s - job.submitted_s) * 1e3
         )
-        return Answer(outputs=answer.outputs, timing_ms=timing)
+        return answer._replace(timing_ms=timing)
 
     def _finish(self) -> None:
         with self._lock:

@@ -9,7 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from outrider_runtimes.errors import (
+    AdmissionAnswer,
+    AdmissionCrash,
     AdmissionError,
+    AdmissionHang,
+    AdmissionIllegal,
+    AdmissionLimit,
+    AdmissionNaN,
+    AdmissionSlow,
     BundleError,
     ConfigError,
     DeadlineExceeded,
@@ -30,6 +37,7 @@ from outrider_runtimes.errors import (
     RemoteRefused,
     RemoteUnavailable,
     ReplyError,
+    RolledBack,
     RunnerClosed,
     RunnerError,
     ShapeError,
@@ -46,9 +54,11 @@ if TYPE_CHECKING:
     from outrider.bundle import Trust
     from outrider.hybrid import Hybrid
     from outrider.installer import InstallReport, install, rollback
-    from outrider.model import BundleInfo, Model, load
+    from outrider.model import Model, load
+    from outrider.opening import BundleInfo
     from outrider.policy import Policy
     from outrider.prediction import Prediction
+    from outrider.serving import Change
     from outrider.supervise import Limits
     from outrider.telemetry import Reporter
     from outrider_runtimes.deadline import Deadline
@@ -57,7 +67,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BundleInfo": "outrider.model",
+    "BundleInfo": "outrider.opening",
+    "Change": "outrider.serving",
     "Deadline": "outrider_runtimes.deadline",
     "Hybrid": "outrider.hybrid",
     "InstallReport": "outrider.installer",
@@ -74,9 +85,17 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdmissionAnswer",
+    "AdmissionCrash",
     "AdmissionError",
+    "AdmissionHang",
+    "AdmissionIllegal",
+    "AdmissionLimit",
+    "AdmissionNaN",
+    "AdmissionSlow",
     "BundleError",
     "BundleInfo",
+    "Change",
     "ConfigError",
     "Deadline",
     "DeadlineExceeded",
@@ -106,6 +125,7 @@ __all__ = [
     "RemoteUnavailable",
     "ReplyError",
     "Reporter",
+    "RolledBack",
     "RunnerClosed",
     "RunnerError",
     "ShapeError",

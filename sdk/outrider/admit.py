@@ -1,4 +1,4 @@
-"""The first run of a bundle on this board, in a child process with limits, and the choice that follows from it."""
+"""The first run of a bundle on this board, in a child process with limits."""
 
 from __future__ import annotations
 
@@ -9,90 +9,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from outrider.admission import Admission, Choice, Measured, Skipped, choose
 from outrider.bundle import Manifest
 from outrider.supervise import Ended, Limits, default_rss_bytes, run_child
 from outrider_runtimes.board import this_board
-from outrider_runtimes.errors import AdmissionError, NoEngine, StoreError
+from outrider_runtimes.engines import find_engines
+from outrider_runtimes.errors import (
+    AdmissionAnswer,
+    AdmissionCrash,
+    AdmissionError,
+    AdmissionHang,
+    AdmissionIllegal,
+    AdmissionLimit,
+    AdmissionNaN,
+    AdmissionSlow,
+    NoEngine,
+)
 
 TRIAL = "outrider.trial"
-TIE = 1.02  # two medians of some dozen runs that are closer than this are not told apart
+REFUSED = "it was not installed, and what was installed is untouched; export the bundle again"
 _DOING = {
     "load": "being loaded by {engine}",
     "golden": "answering its golden inputs on {engine}",
     "measure": "being timed on {engine}",
 }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
-    """What serves here. ``p50_ms``: the median of one call at install, one row or one of the file's fixed batches."""
-
-    variant: str
-    engine: str
-    threads: int
-    p50_ms: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
-    """One cell of the grid of variant, engine and threads. ``p50_ms`` is the median of ``runs`` calls."""
-
-    variant: str
-    engine: str
-    threads: int
-    p50_ms: float
-    runs: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Skipped:
-    """What was left out, and why. ``variant`` is empty where a whole engine was, ``engine`` where a variant was."""
-
-    variant: str
-    engine: str
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Admission:
-    """What a bundle's first run on this board showed.
-
-    Attributes:
-        choice: the fastest cell; of those within 2 % of it, the one with the fewest threads.
-        measured: the grid.
-        skipped: engines and pairs that could not be tried.
-        engines: version by name of the engines that were tried.
-        board: what the board was.
-        peak_rss_bytes: the most memory that the child was seen to hold.
-    """
-
-    choice: Choice
-    measured: tuple[Measured, ...]
-    skipped: tuple[Skipped, ...]
-    engines: Mapping[str, str]
-    board: Mapping[str, Any]
-    peak_rss_bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """As the store keeps it."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Admission:
-        """The inverse of ``to_dict``. Raises StoreError."""
-        try:
-            return cls(
-                choice=Choice(**data["choice"]),
-                measured=tuple(Measured(**row) for row in data["measured"]),
-                skipped=tuple(Skipped(**row) for row in data["skipped"]),
-                engines=dict(data["engines"]),
-                board=dict(data["board"]),
-                peak_rss_bytes=int(data["peak_rss_bytes"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(
-                f"what the store kept of an install is malformed: {error!r}", hint="install again"
-            ) from None
 
 
 @dataclass(kw_only=True)
@@ -102,23 +42,21 @@ class _Heard:
     step: Mapping[str, Any] = field(default_factory=dict)
     measured: list[Measured] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
-    refused: str = ""
+    refused: Mapping[str, str] = field(default_factory=dict)
     done: Mapping[str, Any] | None = None
 
     @property
-    def unchanged(self) -> bool:
-        return bool(self._of_done("unchanged"))
+    def unchanged(self) -> int | None:
+        """Which of the known admissions still holds."""
+        return None if self.done is None else self.done["unchanged"]
 
     @property
     def engines(self) -> Mapping[str, str]:
-        return dict(self._of_done("engines"))
+        return {} if self.done is None else dict(self.done["engines"])
 
     @property
     def board(self) -> Mapping[str, Any]:
-        return dict(self._of_done("board"))
-
-    def _of_done(self, key: str) -> Any:
-        return {} if self.done is None else self.done[key]
+        return {} if self.done is None else dict(self.done["board"])
 
     def take(self, event: Mapping[str, Any]) -> None:
         if "step" in event:
@@ -128,7 +66,7 @@ class _Heard:
         elif "skipped" in event:
             self.skipped.append(Skipped(**event["skipped"]))
         elif "refused" in event:
-            self.refused = str(event["refused"])
+            self.refused = event["refused"]
         elif "done" in event:
             self.done = event["done"]
 
@@ -137,24 +75,29 @@ def admit(
     manifest: Manifest,
     members: Mapping[str, Path],
     *,
+    builds: Mapping[str, Path],
     limits: Limits | None = None,
-    known: Admission | None = None,
+    known: Sequence[Admission] = (),
 ) -> Admission:
     """Run every variant on every engine that works here on the golden inputs; then measure and choose.
 
     Args:
         manifest: the bundle's.
         members: the file of each member that is present, by member path.
-        limits: what the child may use; ``default_limits`` where it is None.
-        known: what an earlier admission of the same files showed; returned as it is when neither the engines nor
-            the board have changed since.
+        builds: the folder for what an engine builds from a member, by member path.
+        limits: what the child may use; ``default_limits`` where it is None. An engine that builds may take ``build_s``
+            more for each variant.
+        known: what earlier admissions of the same files showed; the one whose engines and board are those of now is
+            returned as it is.
 
     Raises:
-        AdmissionError: a variant crashed, hung, outgrew its memory or answered wrongly; names variant, engine and
-            what happened. No other variant is looked at then: a bundle is admitted whole.
+        AdmissionCrash, AdmissionIllegal, AdmissionHang, AdmissionLimit, AdmissionAnswer, AdmissionNaN, AdmissionSlow:
+            what a variant did; each names variant, engine and step. No other variant is looked at then: a bundle is
+            admitted whole.
+        AdmissionError: no variant could be loaded, or one failed on its golden inputs.
         NoEngine: no engine works here that could run any variant; says why, one by one.
     """
-    limits = limits or default_limits()
+    limits = _with_builds(limits or default_limits(), manifest)
     left_out: dict[str, str] = {}
     while True:
         heard = _Heard()
@@ -162,8 +105,9 @@ def admit(
             "limits": dataclasses.asdict(limits),
             "manifest": manifest.raw.decode(),
             "members": {member: str(path) for member, path in members.items()},
+            "builds": {member: str(folder) for member, folder in builds.items()},
             "left_out": left_out,
-            "known": None if known is None else {"engines": dict(known.engines), "board": dict(known.board)},
+            "known": [{"engines": dict(each.engines), "board": dict(each.board)} for each in known],
         }
         ended = run_child(TRIAL, request, limits, heard.take)
         if heard.done is None and not heard.refused and heard.step.get("step") == "import":
@@ -172,9 +116,12 @@ def admit(
             continue
         break
     _require_whole(manifest, heard, ended, limits)
-    if known is not None and heard.unchanged:
-        return known
-    return _admission(manifest, members, heard, ended)
+    unchanged = heard.unchanged
+    admission = _admission(manifest, members, heard, ended) if unchanged is None else known[unchanged]
+    _require_fast(manifest, admission.choice, limits)
+    if admission.bound_ms != limits.latency_ms:
+        admission = dataclasses.replace(admission, bound_ms=limits.latency_ms)
+    return admission
 
 
 def default_limits() -> Limits:
@@ -183,21 +130,43 @@ def default_limits() -> Limits:
     return Limits(rss_bytes=min(default_rss_bytes(), allowed or sys.maxsize))
 
 
-def choose(measured: Sequence[Measured]) -> Choice:
-    """The fastest; of those that cannot be told from it, the one with the fewest threads.
-
-    Every variant of a bundle passed the export's gates, so that speed alone decides.
-    """
-    best = min(row.p50_ms for row in measured)
-    row = min((row for row in measured if row.p50_ms <= best * TIE), key=lambda row: (row.threads, row.p50_ms))
-    return Choice(variant=row.variant, engine=row.engine, threads=row.threads, p50_ms=row.p50_ms)
+def _with_builds(limits: Limits, manifest: Manifest) -> Limits:
+    """The limits with the time that engines of this machine need to build what they run."""
+    builders = [engine for engine in find_engines() if engine.builds]
+    count = sum(variant.format in engine.formats for variant in manifest.variants for engine in builders)
+    more_s = limits.build_s * count
+    return dataclasses.replace(limits, wall_s=limits.wall_s + more_s, cpu_s=limits.cpu_s + more_s)
 
 
 def _require_whole(manifest: Manifest, heard: _Heard, ended: Ended, limits: Limits) -> None:
+    subject = _subject(manifest, heard)
     if heard.refused:
-        raise _refusal(manifest, heard, heard.refused)
+        kinds = {"answer": AdmissionAnswer, "nan": AdmissionNaN}
+        kind = kinds.get(heard.refused["kind"], AdmissionError)
+        raise kind(f"{subject}: {heard.refused['what']}", hint=REFUSED)
     if heard.done is None or (ended.how, ended.code) != ("exit", 0):
-        raise _refusal(manifest, heard, ended.describe(limits) + _last_words(ended))
+        raise _violation(f"{subject}: {ended.describe(limits)}{_last_words(ended)}", ended)
+
+
+def _violation(message: str, ended: Ended) -> AdmissionError:
+    """How a child ended, as the error that says so."""
+    cause = ended.cause
+    if cause == "hang":
+        return AdmissionHang(message, hint=REFUSED)
+    if cause == "limit":
+        return AdmissionLimit(message, hint=REFUSED)
+    if cause == "illegal":
+        return AdmissionIllegal(message, signal=ended.code, hint="export it for this board's CPU: `targets=`")
+    return AdmissionCrash(message, signal=ended.code if ended.how == "signal" else 0, hint=REFUSED)
+
+
+def _require_fast(manifest: Manifest, choice: Choice, limits: Limits) -> None:
+    if limits.latency_ms is not None and choice.p50_ms > limits.latency_ms:
+        raise AdmissionSlow(
+            f"{manifest.name} version {manifest.version}: {choice.variant} on {choice.engine}, the fastest here, takes "
+            f"{choice.p50_ms:.3g} ms a call; the bound is {limits.latency_ms:g} ms",
+            hint="export a smaller model, or allow it more time",
+        )
 
 
 def _admission(manifest: Manifest, members: Mapping[str, Path], heard: _Heard, ended: Ended) -> Admission:
@@ -219,16 +188,15 @@ def _absent(manifest: Manifest, members: Mapping[str, Path]) -> list[Skipped]:
     return [Skipped(variant=name, engine="", reason="its file is not in this thin bundle") for name in missing]
 
 
-def _refusal(manifest: Manifest, heard: _Heard, what: str) -> AdmissionError:
+def _subject(manifest: Manifest, heard: _Heard) -> str:
+    """What was being done with what, as the child said it last."""
     step = heard.step
     subject = f"{manifest.name} version {manifest.version}"
     if "variant" in step:
         subject += f": variant {step['variant']!r}, {_DOING[step['step']].format(engine=step['engine'])}"
         if "threads" in step:
             subject += f" with {step['threads']} thread{'s' if step['threads'] > 1 else ''}"
-    return AdmissionError(
-        f"{subject}: {what}", hint="it was not installed, and what was installed is untouched; export the bundle again"
-    )
+    return subject
 
 
 def _nothing_ran(manifest: Manifest, heard: _Heard, skipped: Sequence[Skipped]) -> AdmissionError | NoEngine:

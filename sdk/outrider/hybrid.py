@@ -5,48 +5,46 @@ A caller's thread only ever waits on futures, and only for the time that is left
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import random
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future
+from concurrent.futures import wait as first_of
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
+from outrider.bundle import OffloadRule
+from outrider.cloud import Cloud, Miss
 from outrider.policy import (
-    CLOSED,
-    Breaker,
+    Budget,
     Policy,
     State,
-    allow,
-    failed,
-    least_margin,
     obstacle,
-    released,
     review,
     route,
-    succeeded,
 )
 from outrider.prediction import OnPrediction, Prediction, Source, Watchers
+from outrider.spending import Meter, Spending
+from outrider.store import find_state_dir
+from outrider.stream import Stream
 from outrider_runtimes.deadline import Clock, Deadline
 from outrider_runtimes.errors import (
     ConfigError,
     DeadlineExceeded,
     EngineError,
-    InterfaceMismatch,
+    FormatError,
     OutriderError,
     QueueFull,
-    RemoteRefused,
-    RemoteUnavailable,
-    ReplyError,
     RunnerClosed,
     RunnerError,
+    ShapeError,
 )
 from outrider_runtimes.runner import Answer, Runner, wait
+from outrider_runtimes.scores import Score
 from outrider_runtimes.tensors import Array, Interface, Tensors, by_name, check_named
 
 __all__ = ["Hybrid"]
@@ -71,7 +69,9 @@ class Hybrid:
         cloud: Runner,
         policy: Policy,
         *,
+        state: str | Path | None = None,
         clock: Clock = time.monotonic,
+        wall: Clock = time.time,
         rng: random.Random | None = None,
     ) -> None:
         """Compose two sides.
@@ -80,39 +80,46 @@ class Hybrid:
             model: the edge: a Model, or another local Runner.
             cloud: a Remote, or another Runner, which may be a second Model.
             policy: when to ask the cloud.
-            clock: seconds, monotonic.
+            state: the state directory, where a policy with a budget keeps what was spent, by the name of the edge's
+                bundle; see ``outrider.install``. One Hybrid at a time has that file.
+            clock, wall: seconds, monotonic and since the epoch.
             rng: spreads how long the circuit stays open; seeded by the system where it is None.
 
         Raises:
             InterfaceMismatch: the cloud answers at another interface.
             ConfigError: the policy judges an output that the interface does not have, or that holds no logits.
+            StoreError: what was spent cannot be read.
         """
         if not isinstance(policy, Policy):
             raise ConfigError(f"policy is {policy!r}, not a Policy", hint="outrider.Policy(deadline_ms=80.0)")
         self.interface: Interface = model.interface
         self.policy = policy
-        self._judged = _judged_output(policy, self.interface)
+        self._by_margin = _margin_of(policy, self.interface)
         self._model = model
         self._clock = clock
         self._edge_tried_s = -math.inf
-        self._cloud = _Cloud(cloud, self.interface, policy, clock=clock, rng=rng or random.Random())
-        self._watchers = Watchers()
+        self._meter = None if policy.budget is None else _meter(policy.budget, model, state, wall)
+        self._cloud = Cloud(cloud, self.interface, policy, clock=clock, rng=rng or random.Random(), meter=self._meter)
+        self._watchers = Watchers[Prediction]()
         self._closed = False
         self._cloud.introduce(Deadline.after_ms(CONNECT_MS, clock=clock))
 
-    def infer(self, inputs: Tensors | Array, *, deadline_ms: float | None = None) -> Prediction:
+    def infer(self, inputs: Tensors | Array, *, deadline_ms: float | None = None, private: bool = False) -> Prediction:
         """Answer one request by its deadline, or fail by then.
 
         Args:
             inputs: every input of the interface by name; where there is one input, its array alone will do.
             deadline_ms: overrides the policy's.
+            private: these inputs never leave the board, whatever becomes of the answer.
 
         Returns:
             A Prediction whose ``reason`` is, by ``source``:
             ``edge``: "confident", or "edge" where the policy judges nothing;
-            ``cloud``: "uncertain", "queue" (the edge could not make the deadline) or "edge_failed";
-            ``edge_degraded``: why the cloud did not answer: "circuit_open", "no_time_left", "cloud_late",
-            "cloud_unavailable", "cloud_refused", "cloud_busy", "cloud_bad_reply", "cloud_failed" or
+            ``cloud``: "uncertain", "queue" (the edge could not make the deadline), "hedge" (it was slow, both were
+            asked), "shape" (a size that the interface leaves free and the board's file does not take) or
+            "edge_failed";
+            ``edge_degraded``: why the cloud did not answer: "private", "budget_spent", "circuit_open", "no_time_left",
+            "cloud_late", "cloud_unavailable", "cloud_refused", "cloud_busy", "cloud_bad_reply", "cloud_failed" or
             "interface_mismatch".
 
         Raises:
@@ -124,10 +131,15 @@ class Hybrid:
         if self._closed:
             raise RunnerClosed("the hybrid was closed")
         deadline = Deadline.after_ms(self.policy.deadline_ms if deadline_ms is None else deadline_ms, clock=self._clock)
-        outcome = self._answer(check_named(self.interface, by_name(self.interface, inputs)), deadline)
+        checked = check_named(self.interface, by_name(self.interface, inputs))
+        outcome = self._answer(checked, deadline, private=private)
         prediction = self._prediction(outcome, begun_ns)
         self._watchers.tell(prediction)
         return prediction
+
+    def stream(self, *, initial: Tensors | None = None) -> Stream:
+        """A sequence of a recurrent model, which holds its state between calls; see Stream. Raises ConfigError."""
+        return Stream(self, initial=initial)
 
     def on_prediction(self, callback: OnPrediction) -> Callable[[], None]:
         """Call ``callback`` with each Prediction, in the caller's thread; returns what takes it off.
@@ -139,6 +151,8 @@ class Hybrid:
 
     def close(self) -> None:
         """Answer no more calls. Both sides stay open: they are their maker's to close."""
+        if self._meter is not None and not self._closed:
+            self._meter.close()
         self._closed = True
         self._watchers.clear()
 
@@ -150,28 +164,52 @@ class Hybrid:
     ) -> None:
         self.close()
 
-    def _answer(self, inputs: Tensors, deadline: Deadline) -> _Outcome:
+    def _answer(self, inputs: Tensors, deadline: Deadline, *, private: bool) -> _Outcome:
         now_s = self._clock()
-        state = self._state(deadline)
+        state = self._state(inputs, deadline, private=private)
         decision = route(self.policy, state, now_s)
         if decision.side == "refuse":
             raise DeadlineExceeded("the deadline had passed before either side was asked")
         if decision.side == "cloud":
             return self._cloud_first(inputs, deadline, refresh_edge=decision.refresh_edge)
         try:
-            answer = wait(self._submit(inputs, deadline), deadline)
+            edge = self._submit(inputs, deadline)
+            hedged = self._hedged(edge, state, inputs, deadline)
+            if hedged is not None:
+                return hedged
+            answer = wait(edge, deadline)
         except DeadlineExceeded:
             raise DeadlineExceeded("the edge did not answer in time") from None
         except QueueFull as error:
             return self._cloud_instead("queue", error, state, inputs, deadline)
+        except ShapeError as error:  # the interface allows the size, and the board's file does not take it
+            return self._cloud_instead("shape", error, state, inputs, deadline)
         except (EngineError, RunnerError) as error:
             return self._cloud_instead("edge_failed", error, state, inputs, deadline)
         return self._reviewed(answer, state, inputs, deadline)
 
+    def _hedged(self, edge: Future[Answer], state: State, inputs: Tensors, deadline: Deadline) -> _Outcome | None:
+        """The cloud's answer, where the edge is slow and the policy then asks both; None: the edge's is to be had."""
+        hedge_ms = self.policy.hedge_after_ms
+        if hedge_ms is None or _ended([edge], min(hedge_ms / 1000.0, deadline.remaining_s())):
+            return None
+        if not self._cloud.introduced or obstacle(self.policy, state, self._clock()) is not None:
+            return None
+        cloud = self._cloud.begin(inputs, deadline)
+        if isinstance(cloud, Miss):
+            return None
+        _ended([edge, cloud], deadline.remaining_s())
+        if edge.done() and not edge.cancelled() and edge.exception() is None:
+            self._cloud.abandon(cloud)
+            return None
+        answer = self._cloud.finish(cloud, deadline)
+        return _Outcome(answer, "cloud", "cloud", "hedge") if isinstance(answer, Answer) else None
+
     def _reviewed(self, answer: Answer, state: State, inputs: Tensors, deadline: Deadline) -> _Outcome:
         """The edge's answer, or the cloud's where the edge's is uncertain and the cloud gives one in time."""
-        margin = None if self._judged is None else least_margin(answer.outputs[self._judged])
-        verdict = review(self.policy, state, margin, self._clock())
+        judged = self._judged()
+        score = None if judged is None else judged.least(answer.outputs)
+        verdict = review(self.policy, state, score, self._clock())
         if verdict.action == "keep":
             return _Outcome(answer, "edge", "edge", verdict.reason)
         if verdict.action == "degrade":
@@ -211,6 +249,13 @@ class Hybrid:
             raise DeadlineExceeded(f"neither side answered in time ({answer.reason})") from answer.error
         return _Outcome(late, "edge", "edge_degraded", answer.reason)
 
+    def _judged(self) -> Score | None:
+        """What is taken of the edge's answers; None where nothing is judged."""
+        if self._by_margin is not None:
+            return self._by_margin
+        rule = _rule_of(self._model)
+        return None if rule is None or not self.policy.obey_certified else rule.score
+
     def _submit(self, inputs: Tensors, deadline: Deadline) -> Future[Answer]:
         self._edge_tried_s = self._clock()
         return self._model.submit(inputs, deadline)
@@ -219,7 +264,7 @@ class Hybrid:
         """Early enough to hand out the edge's answer when the cloud is late."""
         return Deadline(deadline.at_s - self.policy.reserve_ms / 1000.0, clock=self._clock)
 
-    def _state(self, deadline: Deadline) -> State:
+    def _state(self, inputs: Tensors, deadline: Deadline, *, private: bool) -> State:
         cloud = self._cloud
         return State(
             deadline_s=deadline.at_s,
@@ -229,11 +274,14 @@ class Hybrid:
             cloud_tried_s=cloud.tried_s,
             breaker=cloud.breaker,
             mismatch=cloud.mismatch,
+            certified=_certified(self._model),
+            private=private,
+            spent=self._meter is not None and not self._meter.covers(inputs),
         )
 
     def _prediction(self, outcome: _Outcome, begun_ns: int) -> Prediction:
         answer = outcome.answer
-        runner = self._model if outcome.side == "edge" else self._cloud.runner
+        runner = answer.served or (self._model if outcome.side == "edge" else self._cloud.runner)
         bundle = getattr(runner, "bundle", None)
         waited_ms = (time.perf_counter_ns() - begun_ns) / 1e6
         return Prediction(
@@ -243,8 +291,8 @@ class Hybrid:
             variant=str(getattr(runner, "variant", None) or ""),
             engine=str(getattr(runner, "engine", None) or type(runner).__name__.lower()),
             bundle=bundle if isinstance(bundle, str) else str(getattr(bundle, "digest", "")),
-            verified=bool(getattr(bundle, "verified", False)),
-            timing_ms=dataclasses.replace(answer.timing_ms, total=waited_ms),
+            verified=bool(getattr(bundle, "verified", getattr(runner, "verified", False))),
+            timing_ms=answer.timing_ms._replace(total=waited_ms),
         )
 
 
@@ -256,143 +304,30 @@ class _Outcome:
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Miss:
-    """The cloud gave no answer; ``error`` is None where it was not asked."""
-
-    reason: str
-    error: Exception | None = None
+def _ended(futures: Sequence[Future[Answer]], seconds: float) -> bool:
+    """Wait until one of them ends, or for so long; whether one has. Unlike ``wait`` it gives up none of them."""
+    timeout_s = None if seconds == math.inf else seconds
+    return bool(first_of(futures, timeout=timeout_s, return_when=FIRST_COMPLETED).done)
 
 
-class _Cloud:
-    """The cloud behind its circuit breaker; it raises nothing, and is only asked at an equal interface."""
-
-    def __init__(
-        self, runner: Runner, interface: Interface, policy: Policy, *, clock: Clock, rng: random.Random
-    ) -> None:
-        self.runner = runner
-        self.breaker: Breaker = CLOSED
-        self.tried_s = -math.inf
-        self.mismatch = False
-        self._digest = interface.digest
-        self._policy = policy
-        self._clock = clock
-        self._rng = rng
-        self._lock = threading.Lock()
-        self._introducing = threading.Lock()
-        self._introduced = False
-
-    def introduce(self, deadline: Deadline) -> None:
-        """Compare interfaces now where the cloud can be reached. Raises InterfaceMismatch."""
-        try:
-            self._compare(deadline)
-        except (RunnerError, DeadlineExceeded) as error:
-            log.warning(
-                "the cloud cannot be reached yet; its interface is compared before the first offload: %s", error
-            )
-
-    def ask(self, inputs: Tensors, deadline: Deadline) -> Answer | _Miss:
-        """One attempt; ends by the deadline."""
-        if not self._take():
-            return _Miss(reason="circuit_open")
-        worked: bool | None = None
-        trouble: Exception | None = None
-        try:
-            self._compare(deadline)
-            answer = wait(self.runner.submit(inputs, deadline), deadline)
-            worked = True
-            return answer
-        except InterfaceMismatch as error:
-            self._disagree(error)
-            return _Miss(reason="interface_mismatch", error=error)
-        except QueueFull as error:
-            return _Miss(reason="cloud_busy", error=error)
-        except Exception as error:
-            worked, trouble = False, error
-            return _Miss(reason=_miss_reason(error), error=error)
-        finally:
-            self._settle(worked, trouble)
-
-    def _compare(self, deadline: Deadline) -> None:
-        if self._introduced:
-            known = getattr(self.runner, "interface_digest", None)
-            if isinstance(known, str) and known != self._digest:
-                raise _mismatch(self._digest, known)
-            return
-        left_s = deadline.remaining_s()
-        if not self._introducing.acquire(timeout=-1 if left_s == math.inf else left_s):
-            raise DeadlineExceeded("the cloud's interface is not known yet")
-        try:
-            if not self._introduced:
-                theirs = _digest_of(self.runner, deadline)
-                if theirs != self._digest:
-                    raise _mismatch(self._digest, theirs)
-                self._introduced = True
-        finally:
-            self._introducing.release()
-
-    def _take(self) -> bool:
-        with self._lock:
-            now_s = self._clock()
-            allowed, self.breaker = allow(self.breaker, now_s)
-            if allowed:
-                self.tried_s = now_s
-            return allowed
-
-    def _settle(self, worked: bool | None, trouble: Exception | None) -> None:
-        with self._lock:
-            before = self.breaker
-            if worked is None:
-                after = released(before)
-            elif worked:
-                after = succeeded(self._policy, before)
-            else:
-                after = failed(self._policy, before, self._clock(), self._rng.random())
-            self.breaker = after
-        if after.opened > before.opened:
-            log.warning("the cloud is left alone for a while, after: %s: %s", type(trouble).__name__, trouble)
-        elif after.opened < before.opened:
-            log.info("the cloud answers again")
-
-    def _disagree(self, error: InterfaceMismatch) -> None:
-        with self._lock:
-            told, self.mismatch = self.mismatch, True
-        if not told:
-            log.error("the cloud is not asked: %s", error)
+def _meter(budget: Budget, model: Runner, state: str | Path | None, wall: Clock) -> Meter:
+    name = getattr(getattr(model, "bundle", None), "name", None) or "edge"
+    return Meter(budget, Spending(find_state_dir(state) / "offload" / f"{name}.json", clock=wall))
 
 
-def _miss_reason(error: Exception) -> str:
-    if isinstance(error, DeadlineExceeded):
-        return "cloud_late"
-    if isinstance(error, (RemoteUnavailable, RunnerClosed)):
-        return "cloud_unavailable"
-    if isinstance(error, RemoteRefused):
-        return "cloud_refused"
-    if isinstance(error, ReplyError):
-        return "cloud_bad_reply"
-    if not isinstance(error, OutriderError):
-        log.error("the cloud's runner failed in a way that it should not", exc_info=error)
-    return "cloud_failed"
+def _rule_of(model: Runner) -> OffloadRule | None:
+    """What the export of the edge's bundle certified; a runner without a bundle has nothing."""
+    rule = getattr(model, "offload", None)
+    return rule if isinstance(rule, OffloadRule) else None
 
 
-def _digest_of(runner: Runner, deadline: Deadline) -> str:
-    """The interface's digest; a runner that has to ask for it does so by the deadline."""
-    connect = getattr(runner, "connect", None)
-    if connect is not None:
-        connect(deadline)
-    known = getattr(runner, "interface_digest", None)
-    return known if isinstance(known, str) else runner.interface.digest
+def _certified(model: Runner) -> float | None:
+    rule = _rule_of(model)
+    return None if rule is None else rule.thresholds[str(getattr(model, "variant", ""))]
 
 
-def _mismatch(ours: str, theirs: str) -> InterfaceMismatch:
-    return InterfaceMismatch(
-        f"the cloud's interface is {theirs[:12]}, the edge's {ours[:12]}",
-        hint="serve a bundle that was exported for the same inputs, outputs and labels",
-    )
-
-
-def _judged_output(policy: Policy, interface: Interface) -> str | None:
-    """The output whose margin is judged; None where nothing is. Raises ConfigError."""
+def _margin_of(policy: Policy, interface: Interface) -> Score | None:
+    """What ``min_margin`` is of; None where it judges nothing. Raises ConfigError."""
     names = [spec.name for spec in interface.outputs]
     if policy.output is not None and policy.output not in names:
         raise ConfigError(f"policy.output is {policy.output!r}, the interface's outputs are {names}")
@@ -400,10 +335,9 @@ def _judged_output(policy: Policy, interface: Interface) -> str | None:
         return None
     if policy.output is None and len(names) > 1:
         raise ConfigError("policy.output is not given", hint=f"name the output that holds the logits, out of {names}")
-    spec = interface.outputs[names.index(policy.output or names[0])]
-    if not spec.dtype.startswith("float") or not spec.shape or spec.shape[-1] in (0, 1):
-        raise ConfigError(
-            f"policy.output: {spec.name!r} is {spec.dtype} {list(spec.shape)}, expected float [..., classes]",
-            hint="logits have two classes or more; min_margin=0.0 judges nothing",
-        )
-    return spec.name
+    score = Score(output=policy.output or names[0])
+    try:
+        score.check(interface)
+    except FormatError as error:
+        raise ConfigError(f"policy.output: {error}", hint="logits have two classes or more") from None
+    return score

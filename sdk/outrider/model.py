@@ -2,52 +2,45 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import get_args
 
-from outrider.admit import Admission, Choice, Measured, choose
-from outrider.bundle import Trust, check_trust, find_trust, open_bundle
-from outrider.installer import install
+from outrider.admission import Admission
+from outrider.bundle import OffloadRule, Trust, check_trust, find_trust
+from outrider.installer import admission_here, install
+from outrider.opening import BundleInfo, Isolation, Opened, Wanted, candidates, open_choice
 from outrider.prediction import OnPrediction, Prediction, Watchers
+from outrider.serving import Change, OnChange, Serving
 from outrider.store import Installed, Store, find_state_dir
+from outrider.stream import Stream
 from outrider_runtimes.bound import BoundSession
 from outrider_runtimes.deadline import Deadline
-from outrider_runtimes.engines import engine_named
 from outrider_runtimes.errors import (
     ConfigError,
     DeadlineExceeded,
-    MissingExtra,
     NoEngine,
     NotInstalled,
+    OutriderError,
     RunnerClosed,
     StoreError,
 )
-from outrider_runtimes.runner import Answer, wait
-from outrider_runtimes.tensors import Array, Interface, Tensors, by_name
-from outrider_runtimes.worker import Worker
+from outrider_runtimes.runner import Answer, Served, wait
+from outrider_runtimes.tensors import Array, Finite, Interface, Tensors, by_name
+from outrider_runtimes.worker import Drop, Worker
 
 __all__ = ["BundleInfo", "Model", "Prediction", "load"]
 
 log = logging.getLogger(__name__)
 
-MAX_THREADS = 1024  # an engine starts each of them at once; far more take minutes and the machine's memory
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BundleInfo:
-    """Which bundle a model came from. ``digest`` is the sha256 of its manifest, in hex."""
-
-    name: str
-    version: int
-    digest: str
-    verified: bool
+MAX_CHANGES = 32  # that a model remembers
 
 
 def load(
@@ -58,20 +51,40 @@ def load(
     engine: str | None = None,
     variant: str | None = None,
     threads: int | None = None,
+    isolation: Isolation = "thread",
+    drop: Drop = "newest",
+    finite: Finite = "reject",
+    ladder: Sequence[str] | None = None,
+    latency_ms: float | None = None,
+    ladder_resident: bool = False,
 ) -> Model:
     """Open an installed bundle. Its members are not hashed and nothing is tried out: its install did that.
 
+    Where the engine's version or the board is another than at any install of it, it is admitted and measured again.
+
     Args:
         source: the name of what is installed; or a bundle's path (a Path, or a string that ends in ``.outrider`` or
-            has a ``/``), which is installed first unless it is what is current under its name.
+            has a ``/``), which is installed first unless it is what is current under its name, or was rolled back.
         trust: which keys may sign; as in ``install``.
         state: the state directory; as in ``install``.
         engine, variant, threads: instead of what was chosen at install.
+        isolation: ``"process"`` runs the engine in a child: one that crashes, or is stuck beyond its deadline, is
+            killed and replaced, and the next call is answered. A call costs some 0.1 ms and a copy of its tensors more.
+        drop: which request is refused when too many wait; see ``Worker``.
+        finite: what becomes of inputs with NaN or infinite values: ``"reject"`` refuses the call, ``"clip"`` brings
+            infinities to the nearest number that the input allows and refuses NaN, ``"pass"`` does not look.
+        ladder: names of variants, the best one first. While the board is too hot, or slowed down, for calls to hold
+            ``latency_ms``, the next one serves, and the better one again when it has been cool for a while; see
+            ``outrider.ladder.Rules``. Each step is a Change, each Prediction names its variant.
+        latency_ms: what the median call may take, for the ladder.
+        ladder_resident: keep the sessions of all variants that have served; else one is loaded, and two while they
+            change.
 
     Raises:
         NotInstalled: there is no bundle of that name.
         TrustError: no key that is trusted now signed it.
-        ConfigError: the bundle has no such variant, or ``threads`` is not from 1 to 1024.
+        ConfigError: the bundle has no such variant, ``threads`` is not from 1 to 1024, or another option is no word of
+            its own.
         NoEngine: there is no such engine, or it does not run that variant here; says what does.
         MissingExtra: the engine that was asked for was installed once and is not any more.
         OutriderError: what ``install`` raises, where it is installed first.
@@ -79,21 +92,115 @@ def load(
     root = find_state_dir(state)
     found = find_trust(trust, root)
     store = Store(root)
+    if ladder is not None:
+        variant = _first_rung(ladder, latency_ms, variant)
+    wanted = Wanted(engine=engine, variant=variant, threads=threads, isolation=isolation, finite=finite)
+    loader = _Loader(store, found, wanted, drop=drop)
     installed = _of_path(store, Path(source), found) if _is_path(source) else _of_name(store, str(source))
-    verified = check_trust(f"{installed.name!r} in {root}", installed.signatures, found) or installed.verified
-    admission = Admission.from_dict(installed.choice)
-    session, chosen = _opened(installed, _candidates(installed, admission, engine, variant, threads))
-    info = BundleInfo(
-        name=installed.name, version=installed.manifest.version, digest=installed.digest, verified=verified
-    )
-    return Model(
-        session,
-        bundle=info,
-        variant=chosen.variant,
-        engine=chosen.engine,
-        threads=chosen.threads,
-        expected_ms=chosen.p50_ms,
-    )
+    serving, changes = loader.start(installed)
+    if ladder is not None:
+        serving = loader.climbing(serving, ladder, latency_ms or 0.0, resident=ladder_resident)
+    return loader.model(serving, changes)
+
+
+def _first_rung(ladder: Sequence[str], latency_ms: float | None, variant: str | None) -> str:
+    from outrider.ladder import check_ladder
+
+    check_ladder(ladder, latency_ms)
+    if variant is not None:
+        raise ConfigError("variant and ladder exclude each other", hint="the ladder's first variant serves")
+    return ladder[0]
+
+
+class _Loader:
+    """One ``load``: what was asked for, and the steps to a Model of it."""
+
+    def __init__(self, store: Store, trust: Trust, wanted: Wanted, *, drop: Drop) -> None:
+        for name, word, words in (
+            ("isolation", wanted.isolation, get_args(Isolation)),
+            ("drop", drop, get_args(Drop)),
+            ("finite", wanted.finite, get_args(Finite)),
+        ):
+            if word not in words:
+                raise ConfigError(f"{name} is {word!r:.40}, expected {' or '.join(map(repr, words))}")
+        self._store = store
+        self._trust = trust
+        self._drop: Drop = drop
+        self._model: Model | None = None
+        self._admissions: dict[tuple[str, str | None], Admission] = {}
+        self._wanted = replace(wanted, stuck=self._is_stuck)
+
+    def open(self, installed: Installed, wanted: Wanted | None = None) -> Opened:
+        """Load the choice for this board. Raises what ``load`` says."""
+        wanted = wanted or self._wanted
+        where = f"{installed.name!r} in {self._store.root}"
+        verified = check_trust(where, installed.signatures, self._trust) or installed.verified
+        return open_choice(installed, self._admission(installed, wanted.engine), wanted, verified=verified)
+
+    def _admission(self, installed: Installed, engine: str | None) -> Admission:
+        """Found, or measured, once: ``installed`` is what was read before."""
+        key = (installed.digest, engine)
+        if key not in self._admissions:
+            self._admissions[key] = admission_here(self._store, installed, engine=engine)
+        return self._admissions[key]
+
+    def open_good(self, good: Installed) -> Opened:
+        """Load what was good before: as was asked for, or as it was chosen where it does not have that."""
+        try:
+            return self.open(good)
+        except (ConfigError, NoEngine):
+            return self.open(good, replace(self._wanted, engine=None, variant=None, threads=None))
+
+    def start(self, installed: Installed) -> tuple[BoundSession | Serving, list[Change]]:
+        """What serves, and what was changed on the way to it: a fresh bundle may have failed."""
+        if not installed.on_trial:
+            self._opened = self.open(installed)
+            return self._opened.session, []
+        from outrider.probation import begin
+
+        self._opened, trial, changes = begin(self._store, installed, self.open, self.open_good)
+        return Serving(self._opened, trial=trial), changes
+
+    def climbing(
+        self, serving: BoundSession | Serving, variants: Sequence[str], latency_ms: float, *, resident: bool
+    ) -> Serving:
+        """The same, on a ladder. Raises as ``load`` for a variant that the bundle does not have or cannot run here."""
+        from outrider.ladder import Ladder, Rules
+
+        opened = self._opened
+        serving = serving if isinstance(serving, Serving) else Serving(opened)
+        admission = self._admission(opened.installed, self._wanted.engine)
+        try:
+            for variant in variants:
+                candidates(opened.installed, admission, replace(self._wanted, variant=variant))
+        except OutriderError:
+            serving.close()
+            raise
+
+        def open_variant(variant: str) -> Opened:
+            return self.open(opened.installed, replace(self._wanted, variant=variant))
+
+        Ladder(serving, variants, Rules(latency_ms=latency_ms), open_variant, resident=resident).start()
+        return serving
+
+    def model(self, serving: BoundSession | Serving, changes: list[Change]) -> Model:
+        """The model over it."""
+        opened = self._opened
+        self._model = Model(
+            serving,
+            bundle=opened.info,
+            variant=opened.choice.variant,
+            engine=opened.choice.engine,
+            threads=opened.choice.threads,
+            expected_ms=opened.choice.p50_ms,
+            offload=opened.installed.manifest.offload,
+            changes=changes,
+            drop=self._drop,
+        )
+        return self._model
+
+    def _is_stuck(self) -> bool:
+        return self._model is not None and self._model.sick
 
 
 def _is_path(source: str | Path) -> bool:
@@ -118,75 +225,19 @@ def _is_file(name: str) -> bool:
 
 def _of_path(store: Store, path: Path, trust: Trust) -> Installed:
     """What is current under the path's name, once that is the path's bundle with all of the path's members."""
+    from outrider.bundle import open_bundle
+
     with open_bundle(path, trust) as bundle:
         name, digest, present = bundle.manifest.name, bundle.manifest.digest, bundle.present
     with suppress(StoreError):  # not there, or damaged: an install helps either way
         installed = store.installed(name)
         if installed.digest == digest and present <= installed.present:
             return installed
+        if store.has_failed(name, digest):
+            log.warning("%s was rolled back when it was tried; `outrider install` tries it again", path)
+            return installed
     install(path, trust=trust, state=store.root)
     return store.installed(name)
-
-
-def _candidates(
-    installed: Installed, admission: Admission, engine: str | None, variant: str | None, threads: int | None
-) -> list[Choice]:
-    """What may serve, best first: one where the caller named it, all that were measured where nothing was named."""
-    if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS):
-        raise ConfigError(f"threads is {threads!r:.40}, expected a whole number from 1 to {MAX_THREADS}")
-    names = [each.name for each in installed.manifest.variants]
-    if variant is not None and variant not in names:
-        raise ConfigError(f"{installed.name!r} has no variant {variant!r}", hint=f"it has {', '.join(names)}")
-    if engine is not None:
-        engine_named(engine)
-    rows = [row for row in admission.measured if engine in (None, row.engine) and variant in (None, row.variant)]
-    if not rows:
-        raise _none_measured(installed, admission, engine, variant)
-    ranked = _ranked([row for row in rows if row.threads == threads] or rows)
-    if threads is not None:
-        return [dataclasses.replace(choice, threads=threads) for choice in ranked]
-    if engine is None and variant is None:
-        return [admission.choice, *(choice for choice in ranked if choice.engine != admission.choice.engine)]
-    return ranked
-
-
-def _ranked(rows: list[Measured]) -> list[Choice]:
-    """The choice among all rows, then the choice among those of other engines, and so on: one an engine."""
-    ranked = []
-    while rows:
-        ranked.append(choose(rows))
-        rows = [row for row in rows if row.engine != ranked[-1].engine]
-    return ranked
-
-
-def _none_measured(installed: Installed, admission: Admission, engine: str | None, variant: str | None) -> NoEngine:
-    wanted = " on ".join(name for name in (variant, engine) if name)
-    pairs = dict.fromkeys(f"{row.variant} on {row.engine}" for row in admission.measured)
-    reasons = [
-        row.reason
-        for row in admission.skipped
-        if row.engine in ("", engine or row.engine) and row.variant in ("", variant or row.variant)
-    ]
-    why = f" ({'; '.join(dict.fromkeys(reasons))})" if reasons else ""
-    return NoEngine(
-        f"{installed.name!r} was not run as {wanted} when it was installed{why}",
-        hint=f"what runs here: {', '.join(pairs)}; after a new engine came in, install the bundle again",
-    )
-
-
-def _opened(installed: Installed, candidates: list[Choice]) -> tuple[BoundSession, Choice]:
-    """The first candidate whose engine is still there. Raises the first one's error when none is."""
-    gone: list[MissingExtra | NoEngine] = []
-    for choice in candidates:
-        variant = installed.manifest.variant(choice.variant)
-        try:
-            session = engine_named(choice.engine).prepare(installed.blob_path(variant.member), threads=choice.threads)
-        except (MissingExtra, NoEngine) as error:
-            gone.append(error)
-            log.warning("%s was measured best for %s but is gone: %s", choice.engine, installed.name, error)
-            continue
-        return BoundSession(session, installed.manifest.interface, variant.binding), choice
-    raise gone[0]
 
 
 class Model:
@@ -198,28 +249,55 @@ class Model:
 
     def __init__(
         self,
-        session: BoundSession,
+        session: BoundSession | Serving,
         *,
         bundle: BundleInfo,
         variant: str,
         engine: str,
         threads: int,
         expected_ms: float | None = None,
+        offload: OffloadRule | None = None,
+        changes: Sequence[Change] = (),
+        drop: Drop = "newest",
     ) -> None:
-        """``expected_ms``: what one call took at install, the estimate until calls were measured here."""
+        """Take over a session.
+
+        Args:
+            expected_ms: what one call took at install, the estimate until calls were measured here.
+            offload: which answers are uncertain, as the bundle says it.
+            changes: what was changed before it came here.
+            drop: see ``Worker``.
+        """
         self.interface: Interface = session.interface
         self.bundle = bundle
         self.variant = variant
         self.engine = engine
         self.threads = threads
+        self.offload = offload
         self._session = session
         self._run: Callable[[Tensors], Answer] = session.run
         self._expected_ms = expected_ms
-        self._digest, self._verified = bundle.digest, bundle.verified
-        self._watchers = Watchers()
+        self._served = Served(variant=variant, engine=engine, bundle=bundle.digest, verified=bundle.verified)
+        self._changes: deque[Change] = deque(changes, MAX_CHANGES)
+        self._change_watchers = Watchers[Change]("on_change")
+        self._drop: Drop = drop
+        self._watchers = Watchers[Prediction]()
         self._lock = threading.Lock()
         self._worker: Worker | None = None
         self._closed = False
+        if isinstance(session, Serving):
+            session.on_change(self._changed)
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """What it served and does not any more, oldest first: a fresh bundle that failed, steps along the ladder."""
+        return tuple(self._changes)
+
+    @property
+    def sick(self) -> bool:
+        """Whether a call with a deadline is taken for stuck; see ``Worker.sick``."""
+        worker = self._worker
+        return worker is not None and worker.sick
 
     def infer(self, inputs: Tensors | Array, *, deadline_ms: float | None = None) -> Prediction:
         """Answer one request.
@@ -234,17 +312,18 @@ class Model:
             DeadlineExceeded, QueueFull: only with a deadline.
             RunnerClosed: the model was closed.
         """
-        named = by_name(self.interface, inputs)
+        named = inputs if type(inputs) is dict else by_name(self.interface, inputs)
         if deadline_ms is None:
             answer = self._run_here(named)
         else:
             answer = self._run_within(named, Deadline.after_ms(deadline_ms))
+        served = answer.served or self._served
         prediction = Prediction(
             outputs=answer.outputs,
-            variant=self.variant,
-            engine=self.engine,
-            bundle=self._digest,
-            verified=self._verified,
+            variant=served.variant,
+            engine=served.engine,
+            bundle=served.bundle,
+            verified=served.verified,
             timing_ms=answer.timing_ms,
         )
         self._watchers.tell(prediction)
@@ -253,6 +332,10 @@ class Model:
     def predict(self, inputs: Tensors | Array) -> dict[str, Array]:
         """The outputs of ``infer`` by name: the same face as a model on the workstation."""
         return self.infer(inputs).outputs
+
+    def stream(self, *, initial: Tensors | None = None) -> Stream:
+        """A sequence of a recurrent model, which holds its state between calls; see Stream. Raises ConfigError."""
+        return Stream(self, initial=initial)
 
     def submit(self, inputs: Tensors, deadline: Deadline) -> Future[Answer]:
         """Queue one request on the model's own thread; see ``Runner.submit``. Calls no ``on_prediction`` callback."""
@@ -275,6 +358,13 @@ class Model:
         What a callback raises does not reach the caller of ``infer``; the first time, it is logged.
         """
         return self._watchers.add(callback)
+
+    def on_change(self, callback: OnChange) -> Callable[[], None]:
+        """Call ``callback`` with each Change from now on, in the thread that makes it; returns what takes it off.
+
+        What it raises is logged, once. Changes that came before, at ``load``, are in ``changes``.
+        """
+        return self._change_watchers.add(callback)
 
     def close(self) -> None:
         """Free the model; waiting requests end with RunnerClosed. Again is harmless."""
@@ -300,6 +390,13 @@ class Model:
     def __repr__(self) -> str:
         return f"<Model {self.bundle.name} v{self.bundle.version}: {self.variant} on {self.engine}>"
 
+    def _changed(self, opened: Opened, change: Change) -> None:
+        self._served, self.bundle = opened.served, opened.info
+        self.variant, self.engine, self.threads = opened.choice.variant, opened.choice.engine, opened.choice.threads
+        self._expected_ms = opened.choice.p50_ms
+        self._changes.append(change)
+        self._change_watchers.tell(change)
+
     def _run_here(self, inputs: Tensors) -> Answer:
         try:
             return self._run(inputs)
@@ -319,7 +416,7 @@ class Model:
             if self._closed:
                 _refuse({})
             if self._worker is None:
-                self._worker = Worker(self._session)
+                self._worker = Worker(self._session, drop=self._drop)
             return self._worker
 
 

@@ -10,14 +10,54 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-
 from outrider_runtimes.deadline import LONGEST_MS
 from outrider_runtimes.errors import ConfigError
-from outrider_runtimes.tensors import Array
 
 # The devices of a fleet lose the cloud together; a quarter of the wait is spread so that they do not return together.
 JITTER_SHARE = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What may be sent to the cloud. A request counts the bytes of its inputs and of the outputs that came back; what
+    the protocol adds is not counted.
+
+    Attributes:
+        requests_per_hour, requests_per_day, bytes_per_hour, bytes_per_day: None for any number. Hours and days are
+            those of the clock, in UTC.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+
+    requests_per_hour: int | None = None
+    requests_per_day: int | None = None
+    bytes_per_hour: int | None = None
+    bytes_per_day: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise ConfigError(f"budget.{name} is {value!r}, expected a whole number of 0 or more, or None")
+
+    def covers(self, spent: Spent, size_bytes: int) -> bool:
+        """Whether one more request of so many bytes is within it."""
+        return (
+            _within(spent.hour_requests + 1, self.requests_per_hour)
+            and _within(spent.day_requests + 1, self.requests_per_day)
+            and _within(spent.hour_bytes + size_bytes, self.bytes_per_hour)
+            and _within(spent.day_bytes + size_bytes, self.bytes_per_day)
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spent:
+    """What was sent in this hour and in this day."""
+
+    hour_requests: int = 0
+    hour_bytes: int = 0
+    day_requests: int = 0
+    day_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +67,17 @@ class Policy:
     Attributes:
         deadline_ms: by when a call has answered, unless the call names its own; None for never.
         min_margin: an answer is uncertain when the softmax of its first class exceeds that of its second by less
-            than this, in any row; 0.0 to 1.0; 0.0 judges nothing.
-        output: the output that holds the logits, float [..., classes]; None for the only one.
+            than this, in any row; 0.0 to 1.0. 0.0: the threshold that the bundle's export certified is obeyed, where
+            the bundle has one; else nothing is judged.
+        output: the output that ``min_margin`` judges: logits, float [..., classes]; None for the only one.
+        obey_certified: False leaves answers unjudged where ``min_margin`` is 0.0.
         offload_when_queued: ask the cloud first when the board's queue and measured latency say that the deadline
             cannot be met here, and the measured round trip says that it can be met there.
+        hedge_after_ms: when the board has not answered after so long, the cloud is asked too, and the first answer is
+            taken; None never does that.
         reserve_ms: kept back of the deadline to hand out the edge's answer when the cloud is late; covers waking up
             the caller's thread on a busy board.
+        budget: what may be sent to the cloud in an hour and in a day; None for any amount.
         failures_in_a_row: so many open the circuit.
         window: half of so many last attempts failed: the circuit opens as well.
         open_s: how long it stays open at first. Doubles with each failed probe. Also the age at which a latency
@@ -46,8 +91,11 @@ class Policy:
     deadline_ms: float | None = field(kw_only=False)
     min_margin: float = 0.0
     output: str | None = None
+    obey_certified: bool = True
     offload_when_queued: bool = True
+    hedge_after_ms: float | None = None
     reserve_ms: float = 2.0
+    budget: Budget | None = None
     failures_in_a_row: int = 5
     window: int = 10
     open_s: float = 5.0
@@ -58,7 +106,12 @@ class Policy:
             _require(_number(self.deadline_ms) and self.deadline_ms > 0, self, "deadline_ms", "above 0, or None")
         _require(_number(self.min_margin) and 0 <= self.min_margin <= 1, self, "min_margin", "from 0 to 1")
         _require(self.output is None or isinstance(self.output, str), self, "output", "an output's name, or None")
+        _require(isinstance(self.obey_certified, bool), self, "obey_certified", "True or False")
+        _require(self.budget is None or isinstance(self.budget, Budget), self, "budget", "a Budget, or None")
         _require(isinstance(self.offload_when_queued, bool), self, "offload_when_queued", "True or False")
+        if self.hedge_after_ms is not None:
+            positive = _number(self.hedge_after_ms) and self.hedge_after_ms >= 0
+            _require(positive, self, "hedge_after_ms", "0 or more, or None")
         _require(_number(self.reserve_ms) and self.reserve_ms >= 0, self, "reserve_ms", "0 or more")
         _require(
             self.deadline_ms is None or self.reserve_ms < self.deadline_ms, self, "reserve_ms", "below deadline_ms"
@@ -103,6 +156,9 @@ class State:
         cloud_tried_s: when the cloud was last given a request; ``-math.inf`` for never.
         breaker: of the cloud.
         mismatch: the cloud was found to have another interface.
+        certified: the threshold of the board's variant, from its bundle; None where it has none.
+        private: this request must not leave the board.
+        spent: the budget of this hour or this day does not cover it.
     """
 
     deadline_s: float
@@ -112,6 +168,9 @@ class State:
     cloud_tried_s: float = -math.inf
     breaker: Breaker = CLOSED
     mismatch: bool = False
+    certified: float | None = None
+    private: bool = False
+    spent: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +196,8 @@ class Review:
     Attributes:
         action: "keep" it, "degrade" (keep it, marked, since the cloud cannot be asked) or "offload".
         reason: "edge" (nothing is judged) or "confident" where it is kept; "uncertain" where it is offloaded; else
-            why the cloud cannot be asked: "interface_mismatch", "circuit_open", "no_time_left".
+            why the cloud cannot be asked: "private", "interface_mismatch", "budget_spent", "circuit_open",
+            "no_time_left".
     """
 
     action: Literal["keep", "degrade", "offload"]
@@ -153,7 +213,8 @@ UNJUDGED = Review(action="keep", reason="edge")
 CONFIDENT = Review(action="keep", reason="confident")
 UNCERTAIN = Review(action="offload", reason="uncertain")
 DEGRADED = {
-    reason: Review(action="degrade", reason=reason) for reason in ("interface_mismatch", "circuit_open", "no_time_left")
+    reason: Review(action="degrade", reason=reason)
+    for reason in ("private", "interface_mismatch", "budget_spent", "circuit_open", "no_time_left")
 }
 
 
@@ -173,15 +234,23 @@ def route(policy: Policy, state: State, now_s: float) -> Route:
     return CLOUD if now_s - state.edge_tried_s <= policy.open_s else CLOUD_AND_EDGE
 
 
-def review(policy: Policy, state: State, margin: float | None, now_s: float) -> Review:
+def threshold(policy: Policy, certified: float | None) -> float | None:
+    """What a score must reach for its answer to be kept; None where nothing is judged."""
+    if policy.min_margin > 0.0:
+        return policy.min_margin
+    return certified if policy.obey_certified else None
+
+
+def review(policy: Policy, state: State, score: float | None, now_s: float) -> Review:
     """What becomes of the edge's answer.
 
     Args:
-        margin: of the answer, as ``least_margin`` gives it; None where nothing is judged. NaN is uncertain.
+        score: of its least sure row, higher is surer; None where nothing is judged. NaN is uncertain.
     """
-    if margin is None or policy.min_margin == 0.0:
+    least = threshold(policy, state.certified)
+    if score is None or least is None:
         return UNJUDGED
-    if margin >= policy.min_margin:
+    if score >= least:
         return CONFIDENT
     reason = obstacle(policy, state, now_s, reserve_ms=policy.reserve_ms)
     return UNCERTAIN if reason is None else DEGRADED[reason]
@@ -189,8 +258,8 @@ def review(policy: Policy, state: State, margin: float | None, now_s: float) -> 
 
 def obstacle(policy: Policy, state: State, now_s: float, *, reserve_ms: float = 0.0) -> str | None:
     """Why the cloud cannot be asked now; None when it can."""
-    if state.mismatch:
-        return "interface_mismatch"
+    if state.private or state.mismatch or state.spent:
+        return "private" if state.private else "interface_mismatch" if state.mismatch else "budget_spent"
     if not may_call(state.breaker, now_s):
         return "circuit_open"
     left_ms = (state.deadline_s - now_s) * 1000.0 - reserve_ms
@@ -258,23 +327,8 @@ def open_for_s(policy: Policy, opened: int, jitter: float) -> float:
     return wait_s * (1.0 + JITTER_SHARE * jitter)
 
 
-def least_margin(logits: Array) -> float:
-    """The smallest difference of the two largest softmax probabilities over all rows.
-
-    Args:
-        logits: float [..., classes].
-
-    Returns:
-        0.0 to 1.0; 1.0 for no rows or a single class; NaN where a row has NaN or its largest logit is infinite.
-    """
-    if logits.size == 0 or logits.shape[-1] == 1:
-        return 1.0
-    rows = logits.reshape(-1, logits.shape[-1]).astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        odds = np.exp(rows - rows.max(axis=1, keepdims=True))
-        odds /= odds.sum(axis=1, keepdims=True)
-        top = np.partition(odds, -2, axis=1)[:, -2:]
-        return float((top[:, 1] - top[:, 0]).min())
+def _within(amount: int, limit: int | None) -> bool:
+    return limit is None or amount <= limit
 
 
 def _shifted(policy: Policy, recent: int, bit: int) -> int:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 from outrider_runtimes.runner import Timing
 from outrider_runtimes.tensors import Array
@@ -16,44 +15,48 @@ log = logging.getLogger(__name__)
 Source = Literal["edge", "cloud", "edge_degraded"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prediction:
-    """One answer.
+class Prediction(NamedTuple):
+    """One answer. Its fields are known by their names; their order is not promised.
 
     Attributes:
         outputs: the interface's outputs by name; the caller's to keep.
-        source: ``edge``, ``cloud``, or ``edge_degraded``: the edge answered because the cloud could not.
-        reason: why it came from there, in one word; ``local`` where there was no choice.
         variant: the model file's name in the bundle that answered.
         engine: what ran it.
         bundle: that bundle's digest.
         verified: whether a trusted key had signed it.
         timing_ms: where the time went.
+        source: ``edge``, ``cloud``, or ``edge_degraded``: the edge answered because the cloud could not.
+        reason: why it came from there, in one word; ``local`` where there was no choice.
     """
 
     outputs: dict[str, Array]
-    source: Source = "edge"
-    reason: str = "local"
     variant: str
     engine: str
     bundle: str
     verified: bool
     timing_ms: Timing
+    source: Source = "edge"
+    reason: str = "local"
 
 
 OnPrediction = Callable[[Prediction], None]
+T = TypeVar("T")
 
 
-class Watchers:
-    """The callbacks of one source of predictions. Safe from several threads; none of them can lose an answer."""
+class Watchers(Generic[T]):
+    """The callbacks of one source of predictions, or of changes. Safe from several threads; none can lose an answer.
 
-    def __init__(self) -> None:
-        self._watchers: tuple[_Watcher, ...] = ()
+    ``kind``: the name of the method by which they came, for the log.
+    """
+
+    def __init__(self, kind: str = "on_prediction") -> None:
+        self._kind = kind
+        self._watchers: tuple[_Watcher[T], ...] = ()
         self._lock = threading.Lock()
 
-    def add(self, callback: OnPrediction) -> Callable[[], None]:
-        """Call ``callback`` with each Prediction from now on; returns what takes it off."""
-        watcher = _Watcher(callback)
+    def add(self, callback: Callable[[T], None]) -> Callable[[], None]:
+        """Call ``callback`` with each of them from now on; returns what takes it off."""
+        watcher = _Watcher(callback, self._kind)
         with self._lock:
             self._watchers = (*self._watchers, watcher)
 
@@ -63,10 +66,13 @@ class Watchers:
 
         return unsubscribe
 
-    def tell(self, prediction: Prediction) -> None:
+    def tell(self, what: T) -> None:
         """Call each, in the order in which they came, in the caller's thread."""
         for watcher in self._watchers:
-            watcher(prediction)
+            try:
+                watcher.callback(what)
+            except Exception:
+                watcher.failed()
 
     def clear(self) -> None:
         """Take all of them off."""
@@ -74,19 +80,18 @@ class Watchers:
             self._watchers = ()
 
 
-class _Watcher:
+class _Watcher(Generic[T]):
     """One callback, and whether its failure was told."""
 
-    __slots__ = ("_callback", "_told")
+    __slots__ = ("_kind", "_told", "callback")
 
-    def __init__(self, callback: OnPrediction) -> None:
-        self._callback = callback
+    def __init__(self, callback: Callable[[T], None], kind: str) -> None:
+        self.callback = callback
+        self._kind = kind
         self._told = False
 
-    def __call__(self, prediction: Prediction) -> None:
-        try:
-            self._callback(prediction)
-        except Exception:
-            if not self._told:
-                self._told = True
-                log.exception("an on_prediction callback failed; the answers are not affected; told once")
+    def failed(self) -> None:
+        """Log the exception that is being handled, the first time."""
+        if not self._told:
+            self._told = True
+            log.exception("an %s callback failed; the answers are not affected; told once", self._kind)

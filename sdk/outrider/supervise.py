@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from outrider_runtimes.environment import child_environment
+
 OnEvent = Callable[[dict[str, Any]], None]
 
 POLL_S = 0.02  # memory fills at about 5 GB/s, so a limit is overrun by 100 MB at most
@@ -28,12 +30,23 @@ READ_BYTES = 65536
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a child may use. ``rss_bytes`` is resident memory: engines reserve address space that they never touch."""
+    """What a candidate may use.
+
+    Attributes:
+        wall_s: by the clock.
+        cpu_s: of all its threads together.
+        rss_bytes: resident memory: engines reserve address space that they never touch.
+        open_files: at once.
+        build_s: by the clock and of the processor, more than those, for each variant that an engine here compiles.
+        latency_ms: what the median call of what is chosen may take; None for no bound.
+    """
 
     wall_s: float = 120.0
     cpu_s: float = 480.0
     rss_bytes: int
     open_files: int = 256
+    build_s: float = 900.0
+    latency_ms: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +58,29 @@ class Ended:
     peak_rss_bytes: int
     stderr: str
 
+    @property
+    def cause(self) -> Literal["hang", "limit", "illegal", "crash"]:
+        """What kind of fault ended it; only where it did not end well."""
+        if self.how == "wall" or (self.how == "signal" and self.code == signal.SIGALRM):
+            return "hang"
+        if self.how == "memory" or (self.how == "signal" and self.code == signal.SIGXCPU):
+            return "limit"
+        return "illegal" if self.how == "signal" and self.code == signal.SIGILL else "crash"
+
     def describe(self, limits: Limits) -> str:
         """What happened, in words that follow a subject."""
-        if self.how == "wall" or (self.how == "signal" and self.code == signal.SIGALRM):
+        if self.cause == "hang":
             return f"did not end within {limits.wall_s:g} s and was killed"
-        if self.how == "memory":
-            return f"used more than {limits.rss_bytes / 2**20:.0f} MiB of memory and was killed"
+        if self.cause == "limit":
+            memory, cpu = f"{limits.rss_bytes / 2**20:.0f} MiB of memory", f"{limits.cpu_s:g} s of CPU"
+            return f"used more than {memory if self.how == 'memory' else cpu} and was killed"
+        if self.cause == "illegal":
+            return "was killed by SIGILL: an instruction that this CPU does not have"
         if self.how == "output":
             return "wrote what is not its protocol and was killed"
-        if self.how == "signal" and self.code == signal.SIGXCPU:
-            return f"used more than {limits.cpu_s:g} s of CPU and was killed"
-        if self.how == "signal":
-            return f"was killed by {_signal_name(self.code)}"
-        return f"ended with exit code {self.code}"
+        return (
+            f"was killed by {_signal_name(self.code)}" if self.how == "signal" else f"ended with exit code {self.code}"
+        )
 
 
 def default_rss_bytes() -> int:
@@ -68,8 +91,29 @@ def default_rss_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4
 
 
+def resident_bytes(pid: int | str = "self") -> int:
+    """The memory that a process holds now; 0 for one that is gone."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, IndexError):
+        return 0
+    return pages * resource.getpagesize()
+
+
 def run_child(module: str, request: Mapping[str, Any], limits: Limits, on_event: OnEvent) -> Ended:
-    """Run ``python -m module``, ``request`` as JSON on its stdin, and give ``on_event`` each JSON line of its stdout.
+    """``run_command`` of ``python -m module``, which finds what this process finds."""
+    command = [sys.executable, "-m", module]
+    return run_command(command, child_environment(sys.path, os.environ), request, limits, on_event)
+
+
+def run_command(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    request: Mapping[str, Any],
+    limits: Limits,
+    on_event: OnEvent,
+) -> Ended:
+    """Run a child, ``request`` as JSON on its stdin, and give ``on_event`` each JSON line of its stdout.
 
     The child must call ``enter_limits`` first. Its process group is killed when it outlives ``wall_s`` or outgrows
     ``rss_bytes``, and when this call is left by an exception.
@@ -78,12 +122,12 @@ def run_child(module: str, request: Mapping[str, Any], limits: Limits, on_event:
         stdin.write(json.dumps(request).encode())
         stdin.seek(0)
         process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            command,
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd="/",
-            env=child_environment(sys.path, os.environ),
+            env=environment,
             start_new_session=True,
         )
     try:
@@ -95,12 +139,6 @@ def run_child(module: str, request: Mapping[str, Any], limits: Limits, on_event:
         for pipe in (process.stdout, process.stderr):
             if pipe is not None:
                 pipe.close()
-
-
-def child_environment(path: Sequence[str], environ: Mapping[str, str]) -> dict[str, str]:
-    """The parent's environment, with a module search path that finds what the parent finds and not what lies in cwd."""
-    folders = [str(Path(folder).absolute()) for folder in path if folder]
-    return {**environ, "PYTHONPATH": os.pathsep.join(folders), "PYTHONSAFEPATH": "1"}
 
 
 def enter_limits(limits: Mapping[str, Any]) -> None:
@@ -174,11 +212,7 @@ class _Watch:
         return True
 
     def _outgrown(self) -> bool:
-        try:
-            pages = int(Path(f"/proc/{self._process.pid}/statm").read_text(encoding="ascii").split()[1])
-        except (OSError, IndexError):
-            return False
-        self._peak = max(self._peak, pages * resource.getpagesize())
+        self._peak = max(self._peak, resident_bytes(self._process.pid))
         return self._peak > self._limits.rss_bytes
 
     def _ended(self, how: Literal["exit", "signal", "wall", "memory", "output"], code: int) -> Ended:

@@ -5,59 +5,66 @@ what is about to be tried is said before it is tried:
 
     {"step": "import", "engine": E}, {"step": "prepare"}
     {"step": "load" | "golden" | "measure", "variant": V, "engine": E, "threads": n}
-    {"skipped": {variant, engine, reason}}   {"refused": what was wrong in the step before}
+    {"skipped": {variant, engine, reason}}   {"refused": {kind: "failed" | "answer" | "nan", what: in words}}
     {"measured": {variant, engine, threads, p50_ms, runs}}
-    {"done": {engines: {name: version}, board: {...}, unchanged: bool}}
+    {"done": {engines: {name: version}, board: {...}, unchanged: which of the known surroundings are these, or null}}
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import statistics
+import random
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from outrider.bundle import GoldenArrays, Manifest, Variant, load_golden, parse_manifest
-from outrider.supervise import enter_limits
-from outrider_runtimes.board import Board, this_board, usable_threads
+from outrider.grid import Cell, time_cells
+from outrider.supervise import enter_limits, resident_bytes
+from outrider_runtimes.board import this_board, usable_threads
 from outrider_runtimes.bound import BoundSession
-from outrider_runtimes.engines import Engine, find_engines
+from outrider_runtimes.engines import Engine, Session, find_engines
 from outrider_runtimes.errors import MissingExtra, ModelLoadError, OutriderError
 from outrider_runtimes.golden import compare
 from outrider_runtimes.tensors import Tensors
 
 Report = Callable[..., None]
 
-MEASURE_S = 0.3
-MAX_RUNS = 500  # of a 20 us model, else one interruption by the system would decide
-MIN_RUNS = 3
-WARM_UP_S = 0.05
-MAX_WARM_UPS = 20
+SEED = 20  # of the order of the rounds
 
 
 class Refused(Exception):
-    """The candidate did something that no bundle may."""
+    """The candidate did something that no bundle may. ``kind`` is one of ``admit``'s."""
+
+    def __init__(self, what: str, *, kind: str = "failed") -> None:
+        super().__init__(what)
+        self.kind = kind
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """What is tried: a bundle, the files of its members that are here, and the numbers of threads to try it with."""
+    """What is tried: a bundle, the files of its members that are here, and the numbers of threads to try it with.
+
+    ``builds``: by member, where an engine keeps what it builds. ``memory_bytes``: how much this process may hold with
+    sessions kept open between rounds.
+    """
 
     manifest: Manifest
     files: Mapping[str, Path]
+    builds: Mapping[str, Path]
     golden: GoldenArrays
     thread_counts: Sequence[int]
+    memory_bytes: int
 
 
 def main() -> None:
     """Take the request from stdin, try the candidate, report on stdout."""
-    report = _reporter()
+    report = reporter()
     request = json.load(sys.stdin)
     enter_limits(request["limits"])
     manifest = parse_manifest(request["manifest"].encode())
@@ -65,20 +72,22 @@ def main() -> None:
     present = [variant for variant in manifest.variants if variant.member in files]
     board = this_board()
     engines = survey({variant.format for variant in present}, request["left_out"], report)
-    surroundings = {"engines": {name: engine.version() for name, engine in engines.items()}, "board": _describe(board)}
+    surroundings = {"engines": {name: engine.version() for name, engine in engines.items()}, "board": board.to_dict()}
     report(step="prepare")
-    unchanged = surroundings == request["known"]
-    if not unchanged:
-        golden = load_golden(lambda member: files[member].read_bytes(), manifest)
-        threads = thread_counts(usable_threads(board))
-        candidate = Candidate(manifest=manifest, files=files, golden=golden, thread_counts=threads)
+    unchanged = request["known"].index(surroundings) if surroundings in request["known"] else None
+    if unchanged is None:
+        candidate = Candidate(
+            manifest=manifest,
+            files=files,
+            builds={path: Path(folder) for path, folder in request["builds"].items()},
+            golden=load_golden(lambda member: files[member].read_bytes(), manifest),
+            thread_counts=thread_counts(usable_threads(board)),
+            memory_bytes=int(request["limits"]["rss_bytes"]) // 2,
+        )
         try:
-            for variant in present:
-                for engine in engines.values():
-                    if variant.format in engine.formats:
-                        try_pair(candidate, variant, engine, report)
+            run_candidate(candidate, present, list(engines.values()), report)
         except Refused as refusal:
-            report(refused=str(refusal))
+            report(refused={"kind": refusal.kind, "what": str(refusal)})
             return
     report(done={**surroundings, "unchanged": unchanged})
 
@@ -100,79 +109,101 @@ def survey(formats: set[str], left_out: Mapping[str, str], report: Report) -> di
     return engines
 
 
-def try_pair(candidate: Candidate, variant: Variant, engine: Engine, report: Report) -> None:
-    """Check one variant on one engine against its golden answers, and time it at each number of threads.
+def run_candidate(candidate: Candidate, variants: Sequence[Variant], engines: Sequence[Engine], report: Report) -> None:
+    """Check every variant on every engine that takes its format; then time all that passed against each other.
 
     Raises:
-        Refused: it failed on its golden inputs, or answered wrongly.
+        Refused: one failed on its golden inputs, or answered wrongly.
     """
+    pairs = [(variant, engine) for variant in variants for engine in engines if variant.format in engine.formats]
+    cells: list[Cell] = []
+    for variant, engine in pairs:
+        if passes(candidate, variant, engine, report):
+            cells += [_cell(candidate, variant, engine, threads) for threads in candidate.thread_counts]
+    try:
+        time_cells(
+            cells,
+            keep_open=lambda: resident_bytes() <= candidate.memory_bytes,
+            rng=random.Random(SEED),
+            on_block=lambda cell: report(step="measure", **_named(cell)),
+        )
+    except OutriderError as error:
+        raise Refused(str(error)) from error
+    for cell in cells:
+        report(measured={**_named(cell), "p50_ms": cell.p50_ms, "runs": len(cell.taken_s)})
+
+
+def passes(candidate: Candidate, variant: Variant, engine: Engine, report: Report) -> bool:
+    """Run one variant on one engine on the golden inputs; False where the engine does not take it.
+
+    Raises:
+        Refused: it failed on them, or answered wrongly.
+    """
+    threads = candidate.thread_counts[0]
     where = {"variant": variant.name, "engine": engine.name}
-    checked = False
-    for threads in candidate.thread_counts:
-        report(step="load", threads=threads, **where)
-        try:
-            session = engine.prepare(candidate.files[variant.member], threads=threads)
-        except (ModelLoadError, MissingExtra) as error:
-            report(skipped={**where, "reason": str(error)})
-            return
-        try:
-            bound = BoundSession(session, candidate.manifest.interface, variant.binding)
-            if not checked:
-                report(step="golden", threads=threads, **where)
-                check_golden(candidate, variant, bound)
-                checked = True
-            report(step="measure", threads=threads, **where)
-            p50_ms, runs = measure(bound, first_rows(candidate, variant))
-        except OutriderError as error:
-            raise Refused(str(error)) from error
-        finally:
-            session.close()
-        report(measured={**where, "threads": threads, "p50_ms": p50_ms, "runs": runs})
+    report(step="load", threads=threads, **where)
+    try:
+        session = _prepared(candidate, variant, engine, threads)
+    except (ModelLoadError, MissingExtra) as error:
+        report(skipped={**where, "reason": str(error)})
+        return False
+    try:
+        report(step="golden", threads=threads, **where)
+        judged = candidate.manifest.interface.judged
+        bound = BoundSession(session, judged, variant.binding)
+        check_golden(candidate.manifest, candidate.golden, variant, bound)
+    except OutriderError as error:
+        raise Refused(str(error)) from error
+    finally:
+        session.close()
+    return True
 
 
-def check_golden(candidate: Candidate, variant: Variant, bound: BoundSession) -> None:
+def _prepared(candidate: Candidate, variant: Variant, engine: Engine, threads: int) -> Session:
+    cache = candidate.builds.get(variant.member)
+    return engine.prepare(candidate.files[variant.member], threads=threads, cache=cache)
+
+
+def _cell(candidate: Candidate, variant: Variant, engine: Engine, threads: int) -> Cell:
+    def open_() -> BoundSession:
+        session = _prepared(candidate, variant, engine, threads)
+        return BoundSession(session, candidate.manifest.interface, variant.binding)
+
+    return Cell(name=(variant.name, engine.name, threads), open=open_, inputs=first_rows(candidate, variant))
+
+
+def _named(cell: Cell) -> dict[str, Any]:
+    return dict(zip(("variant", "engine", "threads"), cell.name, strict=True))
+
+
+def check_golden(manifest: Manifest, golden: GoldenArrays, variant: Variant, bound: BoundSession) -> None:
     """Run all golden rows and judge the answers. Raises Refused, InputError, InferenceError."""
-    golden, rules = candidate.golden, candidate.manifest.golden
+    rules = manifest.golden
+    outputs = bound.run(golden.inputs).outputs
     result = compare(
-        bound.run(golden.inputs).outputs,
+        outputs,
         stored=golden.variants[variant.name],
         reference=golden.reference,
         tolerance=rules.tolerance[variant.name],
         decision=rules.decision,
     )
     if not result.passed:
-        raise Refused(result.failure)
+        raise Refused(result.failure, kind="nan" if any_nan(outputs) else "answer")
 
 
-def measure(
-    bound: BoundSession, inputs: Tensors, *, clock: Callable[[], float] = time.perf_counter
-) -> tuple[float, int]:
-    """The median call in milliseconds, and of how many: some hundred, a few when they are slow."""
-    _timed(bound, inputs, clock, budget_s=WARM_UP_S, least=1, most=MAX_WARM_UPS)
-    taken_s = _timed(bound, inputs, clock, budget_s=MEASURE_S, least=MIN_RUNS, most=MAX_RUNS)
-    return statistics.median(taken_s) * 1e3, len(taken_s)
-
-
-def _timed(
-    bound: BoundSession, inputs: Tensors, clock: Callable[[], float], *, budget_s: float, least: int, most: int
-) -> list[float]:
-    taken_s: list[float] = []
-    ends_at = clock() + budget_s
-    while len(taken_s) < least or (len(taken_s) < most and clock() < ends_at):
-        begun = clock()
-        bound.run(inputs)
-        taken_s.append(clock() - begun)
-    return taken_s
+def any_nan(outputs: Tensors) -> bool:
+    """Whether a number among them is none."""
+    return any(array.dtype.kind == "f" and bool(np.isnan(array).any()) for array in outputs.values())
 
 
 def first_rows(candidate: Candidate, variant: Variant) -> dict[str, Any]:
     """The golden inputs cut to one call of the file: one row, or as many as the file's fixed batch has."""
-    specs, inputs = candidate.manifest.interface.inputs, candidate.golden.inputs
+    interface, inputs = candidate.manifest.interface, candidate.golden.inputs
     rows = 1
-    for spec, bound in zip(specs, variant.binding.inputs, strict=True):
+    for spec, bound in zip(interface.network.inputs, variant.binding.inputs, strict=True):
         if spec.batched:
             rows = bound.shape[bound.permutation.index(0) if bound.permutation else 0] or 1
-    return {spec.name: inputs[spec.name][:rows] if spec.batched else inputs[spec.name] for spec in specs}
+    return {spec.name: inputs[spec.name][:rows] if spec.batched else inputs[spec.name] for spec in interface.inputs}
 
 
 def thread_counts(usable: int) -> list[int]:
@@ -180,12 +211,8 @@ def thread_counts(usable: int) -> list[int]:
     return [usable, *sorted((2**n for n in range(usable.bit_length()) if 2**n < usable), reverse=True)]
 
 
-def _describe(board: Board) -> dict[str, Any]:
-    return {**dataclasses.asdict(board), "features": sorted(board.features)}
-
-
-def _reporter() -> Report:
-    """Writes to what stdout was; stdout itself becomes stderr, because native libraries print there."""
+def reporter() -> Report:
+    """Writes JSON lines to what stdout was; stdout itself becomes stderr, because native libraries print there."""
     stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

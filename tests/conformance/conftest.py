@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
 from conformance.known_gaps import KNOWN_GAPS
 from outrider_runtimes.engines import Engine, find_engines
-from support import models
+from support import models, tflitefiles
 
 ModelFile = Callable[[str], Path]
+Gap = Callable[[str], AbstractContextManager[None]]
+
+
+def write_model(folder: Path, name: str) -> Path:
+    """``onnx-linear``, ``tflite-same-int8``: that file in ``folder``."""
+    path = folder / name
+    format_, kind, *options = name.split("-")
+    source = models if format_ == "onnx" else tflitefiles
+    if kind == "fixed":
+        return source.__dict__[f"{format_}_linear"](path, rows=int(options[0]))
+    return source.__dict__[f"{format_}_{kind}"](path, *options)
 
 
 @pytest.fixture(scope="session")
 def model_file(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
-    """``model_file("tflite-linear")``: the path of that file."""
+    """``model_file("tflite-linear")``: the path of that file.
+
+    Where ``CONFORMANCE_MODELS`` names a folder they are taken from there: an environment with one engine has nothing
+    to write them with.
+    """
+    given = os.environ.get("CONFORMANCE_MODELS")
     folder = tmp_path_factory.mktemp("models")
 
     def make(name: str) -> Path:
-        path = folder / name
-        if path.exists():
-            return path
-        format_, _, kind = name.partition("-")
-        if kind.startswith("dtype-"):
-            build = models.onnx_identity if format_ == "onnx" else models.tflite_add_one
-            return build(path, kind.removeprefix("dtype-"))
-        if name == "tflite-int8":
-            return models.tflite_int8(path, make("tflite-linear"))
-        return getattr(models, f"{format_}_{kind}")(path)
+        if given is not None:
+            return Path(given, name)
+        return folder / name if (folder / name).exists() else write_model(folder, name)
 
     return make
 
@@ -44,6 +55,19 @@ def engine(request: pytest.FixtureRequest) -> Engine:
 
 
 @pytest.fixture
-def gaps(engine: Engine) -> dict[str, str]:
-    """The written list of what this engine cannot do."""
-    return KNOWN_GAPS[engine.name]
+def gap(engine: Engine) -> Gap:
+    """``with gap("same-uint16"):`` around what an engine may be unable to do; it fails where a listed case works."""
+
+    @contextmanager
+    def expected(case: str) -> Iterator[None]:
+        reason = KNOWN_GAPS[engine.name].get(case)
+        try:
+            yield
+        except Exception:
+            if reason is None:
+                raise
+            pytest.xfail(f"known gap: {reason}")
+        if reason is not None:
+            pytest.fail(f"{case} works on {engine.name} now: take it off the list of known gaps")
+
+    return expected

@@ -43,6 +43,7 @@ def make_real_bundle(
     files: Mapping[str, bytes] | None = None,
     golden_shift: float = 0.0,
     signing_keys: Sequence[Any] = (),
+    interface: Interface = INTERFACE,
 ) -> str:
     """Write a bundle with one float32 variant a format, named "onnx-float32" and "tflite-float32".
 
@@ -51,6 +52,7 @@ def make_real_bundle(
         formats: of "onnx" and "tflite".
         files: by format, other bytes than the right model's.
         golden_shift: added to the variants' stored answers: more than 1e-3 makes them wrong.
+        interface: another one with the same tensors.
 
     Returns:
         The digest.
@@ -67,7 +69,7 @@ def make_real_bundle(
         path,
         name=name,
         version=version,
-        interface=INTERFACE,
+        interface=interface,
         variants=variants,
         golden=_golden(variants),
         members=members,

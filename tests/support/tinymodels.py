@@ -110,8 +110,8 @@ def hungry_onnx(w: Weights, elements: int) -> bytes:
     )
 
 
-def endless_onnx(w: Weights) -> bytes:
-    """Counts to 2^62 before it answers."""
+def endless_onnx(w: Weights, *, above: float | None = None) -> bytes:
+    """Counts to 2^62 before it answers; with ``above``, only where an input has a larger value than that."""
     body = helper.make_graph(
         [
             helper.make_node("Identity", ["go"], ["go_on"]),
@@ -128,13 +128,49 @@ def endless_onnx(w: Weights) -> bytes:
             helper.make_tensor_value_info("sum_next", TensorProto.FLOAT, None),
         ],
     )
-    trips = numpy_helper.from_array(np.array(2**62, np.int64), "trips")
+    trips = numpy_helper.from_array(np.array(2**62, np.int64), "many")
+    always = [helper.make_node("Identity", ["many"], ["trips"])]
+    sometimes = [
+        helper.make_node("ReduceMax", ["x"], ["top"], keepdims=0),
+        helper.make_node("Greater", ["top", "above"], ["is_above"]),
+        helper.make_node("Cast", ["is_above"], ["one_if_above"], to=TensorProto.INT64),
+        helper.make_node("Mul", ["one_if_above", "many"], ["trips"]),
+    ]
+    limit = numpy_helper.from_array(np.float32(above or 0.0), "above")
     true = numpy_helper.from_array(np.array(True), "true")
     return classifier_onnx(
         w,
-        extra=[helper.make_node("Loop", ["trips", "true", "logits"], ["y"], body=body)],
-        extra_initializers=[trips, true],
+        extra=[
+            *(always if above is None else sometimes),
+            helper.make_node("Loop", ["trips", "true", "logits"], ["y"], body=body),
+        ],
+        extra_initializers=[trips, true, limit],
     )
+
+
+def moody_onnx(w: Weights, mood: str, *, above: float) -> bytes:
+    """Right answers; where an input has a larger value than ``above`` NaN (mood "nan"), or a failure ("error")."""
+    top = [
+        helper.make_node("ReduceMax", ["x"], ["top"], keepdims=0),
+        helper.make_node("Greater", ["top", "above"], ["is_above"]),
+    ]
+    if mood == "nan":
+        moody = [
+            helper.make_node("Cast", ["is_above"], ["minus_if_above"], to=TensorProto.FLOAT),
+            helper.make_node("Neg", ["minus_if_above"], ["negative"]),
+            helper.make_node("Sqrt", ["negative"], ["nothing"]),
+            helper.make_node("Add", ["logits", "nothing"], ["y"]),
+        ]
+    else:
+        moody = [
+            helper.make_node("Cast", ["is_above"], ["one_if_above"], to=TensorProto.INT64),
+            helper.make_node("Mul", ["one_if_above", "far"], ["index"]),
+            helper.make_node("Gather", ["zeros", "index"], ["zero"]),
+            helper.make_node("Add", ["logits", "zero"], ["y"]),
+        ]
+    constants = {"above": np.float32(above), "far": np.array(1000, np.int64), "zeros": np.zeros(10, np.float32)}
+    initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    return classifier_onnx(w, extra=top + moody, extra_initializers=initializers)
 
 
 def classifier_tflite(w: Weights) -> bytes:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from benchmarks import readme
-from benchmarks.measure import interleaved
+from benchmarks.measure import PACKAGES, TRIES, WARM_UP_CALLS, compare_calls, environment, interleaved
 from benchmarks.stats import TWIN_LIMIT, compare, ratio
+
+TWIN = "base (twin)"
 
 
 def times(median_ns: float, *, seed: int, blocks: int = 40, calls: int = 50) -> np.ndarray:
@@ -59,14 +62,45 @@ def test_blocks_run_every_contender_in_an_order_of_their_own() -> None:
     assert len(firsts) > 1
 
 
+def test_a_twin_that_differs_is_measured_again_and_then_the_run_is_invalid() -> None:
+    counts = {"base": 0, "other": 0, "twin": 0}
+
+    def call(name: str, work: int) -> None:
+        counts[name] += 1
+        sum(range(work))
+
+    found, behind = compare_calls(
+        {"base": lambda: call("base", 1), "other": lambda: call("other", 1)},
+        base="base",
+        blocks=3,
+        calls_a_block=4,
+        twin=lambda: call("twin", 50_000),
+    )
+    assert not found.valid
+    assert found.twin.value > 2.0
+    assert counts == dict.fromkeys(counts, TRIES * 3 * (WARM_UP_CALLS + 4))
+    assert {name: array.shape for name, array in behind.items()} == dict.fromkeys(
+        ("base", "other", "base (twin)"), (3, 4)
+    )
+
+
+def test_the_environment_names_the_commit_and_the_packages() -> None:
+    found = environment()
+    assert re.fullmatch(r"|[0-9a-f]{40}( with changes)?", found["commit"])
+    assert set(found["packages"]) == set(PACKAGES)
+
+
 def test_an_invalid_result_says_so_in_the_readme(tmp_path: Path) -> None:
-    for name in ("overhead", "variants"):
+    marked = 0
+    for name in ("overhead", "variants", "exporters"):
         result = json.loads((readme.RESULTS / f"{name}.json").read_text())
-        comparisons = result["variants"].values() if name == "overhead" else [result["latency"]]
-        for comparison in comparisons:
+        parts = {"overhead": "variants", "exporters": "subjects"}.get(name)
+        found = list(result[parts].values()) if parts else [result]
+        for comparison in found if name == "overhead" else [item["latency"] for item in found]:
             comparison["valid"] = False
+            marked += 1
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
-    assert readme.figures(tmp_path).count("INVALID") == 3
+    assert readme.figures(tmp_path).count("INVALID") == marked > 3
 
 
 def test_only_what_is_between_the_marks_is_replaced() -> None:

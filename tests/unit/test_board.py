@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import struct
 
 import pytest
@@ -196,3 +198,11 @@ def test_native_takes_the_boards_scheme(features, scheme):
     target = native_target(board)
     assert (target.machine, target.memory_bytes, target.int8_scheme) == ("m", 5, scheme)
     assert target.features == features
+
+
+def test_a_board_as_json_is_all_of_it():
+    board = this_board()
+    told = board.to_dict()
+    assert set(told) == {field.name for field in dataclasses.fields(Board)}
+    assert Board(**{**told, "features": frozenset(told["features"])}) == board
+    assert told == json.loads(json.dumps(told))

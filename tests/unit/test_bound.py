@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import threading
+import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from hypothesis.extra import numpy as hnp
 from outrider_runtimes.bound import BoundSession, input_converter, output_converter
 from outrider_runtimes.engines import FileTensor
 from outrider_runtimes.errors import DtypeError, InferenceError, InputError, ModelLoadError, ShapeError
+from outrider_runtimes.processing import Softmax, around
 from outrider_runtimes.tensors import Binding, Interface, TensorBinding, TensorSpec
 
 
@@ -296,3 +301,186 @@ def test_quantizing_saturates_whatever_the_float(dtype):
     bound = bind("t", "f", (3,), "int8", scale=0.001, zero_point=5)
     extreme = np.array([-np.finfo(dtype).max, 0, np.finfo(dtype).max], dtype)
     assert input_converter(tensor, bound)(extreme).tolist() == [-128, 5, 127]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Brighten:
+    """A step before: float32 = uint8 / 255 + bias. It refuses an image that is all black."""
+
+    kind: ClassVar[str] = "brighten"
+    tensor: str = "x"
+    bias: float = 0.0
+    log: list = dataclasses.field(default_factory=list)
+
+    def specs(self, specs, callers):
+        return {
+            name: dataclasses.replace(s, dtype="float32") if name == self.tensor else s for name, s in specs.items()
+        }
+
+    def apply(self, tensors, shapes):
+        begun = time.perf_counter_ns()
+        x = tensors[self.tensor]
+        if not x.any():
+            raise InputError("the image is black", tensor=self.tensor, hint="take off the lid")
+        out = x.astype(np.float32) / np.float32(255) + np.float32(self.bias)
+        self.log.append(time.perf_counter_ns() - begun)
+        return {**tensors, self.tensor: out}
+
+    def to_dict(self):
+        return {"step": self.kind}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shifted(Brighten):
+    """A step after: y + the caller's width. It refuses an answer whose first value is 2.0."""
+
+    kind: ClassVar[str] = "shifted"
+    tensor: str = "y"
+
+    def specs(self, specs, callers):
+        return dict(specs)
+
+    def apply(self, tensors, shapes):
+        begun = time.perf_counter_ns()
+        y = tensors["y"]
+        if (y[:, 0] == 2.0).any():
+            raise InputError("an answer that cannot be", hint="another model")
+        out = y + np.float32(shapes["x"][1])
+        self.log.append(time.perf_counter_ns() - begun)
+        return {"y": out}
+
+
+def processed(before=(), after=(), *, fixed=1, finite="reject"):
+    """y = 2x in a file that takes ``fixed`` rows, x from 0 to 100; the caller's x is uint8 where steps come before."""
+    session = NumpySession([file("x", (fixed, 2))], [file("y", (fixed, 2))], lambda x: [x * 2])
+    x = dataclasses.replace(spec("x", (None, 2), "NC"), range=(0.0, 100.0))
+    network = Interface(inputs=(x,), outputs=(spec("y", (None, 2), "NC"),))
+    callers = (dataclasses.replace(x, dtype="uint8" if before else "float32"),)
+    interface = around(network, callers, before, after)
+    binding = Binding(inputs=(bind("x", "x", (fixed, 2)),), outputs=(bind("y", "y", (fixed, 2)),))
+    return session, BoundSession(session, interface, binding, finite=finite)
+
+
+def test_steps_run_before_and_after_the_network():
+    _, bound = processed([Brighten()], [Softmax(tensor="y")])
+    x = np.array([[0, 255]], np.uint8)
+    y = bound.run({"x": x}).outputs["y"]
+    powers = np.exp([0.0, 2.0])
+    np.testing.assert_allclose(y, [powers / powers.sum()], rtol=1e-6)
+    assert y.dtype == np.float32
+    assert bound.interface.inputs[0].dtype == "uint8"
+    with pytest.raises(DtypeError, match="uint8"):
+        bound.run({"x": x.astype(np.float32)})
+
+
+def test_a_step_after_alone_leaves_the_callers_inputs_to_the_network():
+    _, bound = processed(after=[Shifted()])
+    assert bound.run({"x": np.array([[3.0, 4.0]], np.float32)}).outputs["y"].tolist() == [[8.0, 10.0]]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_rows_over_a_fixed_batch_with_steps_around_it(rows):
+    session, bound = processed([Brighten(bias=1.0)], [Shifted()])
+    x = np.random.default_rng(2).integers(1, 256, (rows, 2), np.uint8)
+    if not rows:
+        with pytest.raises(InputError, match="black"):  # np.any of nothing
+            bound.run({"x": x})
+        return
+    y = bound.run({"x": x}).outputs["y"]
+    np.testing.assert_allclose(y, (x / 255 + 1) * 2 + 2, rtol=1e-6)
+    assert session.calls == rows
+
+
+def test_a_step_that_refuses_runs_nothing_and_the_next_call_is_bit_identical():
+    session, bound = processed([Brighten(bias=0.3)], [Softmax(tensor="y")])
+    good = np.array([[7, 255]], np.uint8)
+    before = bound.run({"x": good}).outputs["y"].tobytes()
+    with pytest.raises(InputError, match=r"step 0 \(brighten\): the image is black") as caught:
+        bound.run({"x": good * 0})
+    assert (caught.value.tensor, caught.value.hint) == ("x", "take off the lid")
+    assert session.calls == 1
+    assert bound.run({"x": good}).outputs["y"].tobytes() == before
+
+
+def test_a_postprocessing_that_fails_is_an_inference_error_and_the_next_call_is_bit_identical():
+    _, bound = processed(after=[Shifted()])
+    good = np.array([[3.0, 4.0]], np.float32)
+    before = bound.run({"x": good}).outputs["y"].tobytes()
+    with pytest.raises(InferenceError, match=r"postprocessing: step 0 \(shifted\): an answer that cannot be"):
+        bound.run({"x": np.array([[1.0, 4.0]], np.float32)})
+    assert bound.run({"x": good}).outputs["y"].tobytes() == before
+
+
+def test_steps_that_make_no_number_are_refused_or_passed():
+    steps = [Brighten(bias=math.inf)]
+    x = np.array([[1, 2]], np.uint8)
+    session, bound = processed(steps)
+    with pytest.raises(InputError, match="after preprocessing: input 'x' has NaN or infinite values"):
+        bound.run({"x": x})
+    assert session.calls == 0
+    assert np.isinf(processed(steps, finite="pass")[1].run({"x": x}).outputs["y"]).all()
+    assert processed(steps, finite="clip")[1].run({"x": x}).outputs["y"].tolist() == [[200.0, 200.0]]
+
+
+def test_the_steps_count_in_the_timing():
+    """Each step measures itself; what is measured around it cannot be less."""
+    before, after = Brighten(), Shifted()
+    _, bound = processed([before], [after])
+    timing = bound.run({"x": np.array([[9, 9]], np.uint8)}).timing_ms
+    assert timing.pre >= before.log[0] * 1e-6
+    assert timing.post >= after.log[0] * 1e-6
+    assert timing.total == pytest.approx(timing.pre + timing.queue + timing.infer + timing.post)
+    assert timing.network == 0.0
+
+
+BAD_CALLS = {
+    "nan": lambda x: {"x": np.where(np.arange(2) == 1, np.nan, x).astype(np.float32)},
+    "infinity": lambda x: {"x": x * np.float32(np.inf)},
+    "dtype": lambda x: {"x": x.astype(np.float64)},
+    "rank": lambda x: {"x": x[0]},
+    "width": lambda x: {"x": np.repeat(x, 2, axis=1)},
+    "rows": lambda x: {"x": np.vstack([x, x[:1]])},  # no multiple of the fixed batch
+    "name": lambda x: {"z": x},
+    "one more": lambda x: {"x": x, "z": x},
+    "list": lambda x: {"x": x.tolist()},
+    "no mapping": lambda x: x,
+}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    hnp.arrays(np.float32, (2, 2), elements=st.floats(1, 100, width=32)),
+    st.lists(st.sampled_from(sorted(BAD_CALLS)), min_size=1, max_size=6),
+)
+def test_a_call_after_bad_calls_gives_the_same_bits(x, bad_calls):
+    session, bound = fixed_batch(2)
+    before = bound.run({"x": x}).outputs["y"].tobytes()
+    for name in bad_calls:
+        with pytest.raises((InputError, InferenceError)):
+            bound.run(BAD_CALLS[name](x))
+        assert bound.run({"x": x}).outputs["y"].tobytes() == before
+    assert session.calls == 1 + len(bad_calls)
+
+
+@pytest.mark.parametrize(
+    ("finite", "given_", "wanted"),
+    [("clip", math.inf, 200.0), ("clip", -3.0, 0.0), ("clip", 3.0, 6.0), ("pass", math.inf, math.inf)],
+)
+def test_the_policy_for_what_is_not_finite_holds_in_a_call(finite, given_, wanted):
+    _, bound = processed(finite=finite)
+    x = np.array([[given_, 1.0]], np.float32)
+    assert bound.run({"x": x}).outputs["y"][0, 0] == np.float32(wanted)
+    assert x[0, 0] == np.float32(given_)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 5])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_images_are_turned_whatever_their_channels(channels, dtype):
+    image = np.random.default_rng(channels).integers(-99, 99, (2, channels, 5, 7)).astype(dtype)
+    spec = TensorSpec(name="image", dtype=dtype, shape=(None, channels, 5, 7), axes="NCHW")
+    turned = input_converter(spec, bind("image", "x", (None, 5, 7, channels), dtype=dtype, permutation=(0, 2, 3, 1)))(
+        image[:, :, ::-1]
+    )
+    assert turned.flags.c_contiguous
+    assert turned.dtype == dtype
+    assert np.array_equal(turned, image[:, :, ::-1].transpose(0, 2, 3, 1))

@@ -55,13 +55,13 @@ def test_what_is_sound_parses_and_says_what_it_said(sound):
 
 
 def test_unknown_keys_are_kept_everywhere(sound):
-    data = changed(sound, "offload", {"curve": [1, 2.5]})
-    data = changed(data, "interface/state", [{"in": "h"}])
+    data = changed(sound, "schedule", {"curve": [1, 2.5]})
+    data = changed(data, "interface/tuning", [{"in": "h"}])
     data = changed(data, "members/0/comment", "of a newer version")
     data = changed(data, "variants/0/made_by", ["x"])
     manifest = parse_manifest(encode(data))
     assert json.loads(manifest.raw) == data
-    assert manifest.interface.extra == {"state": [{"in": "h"}]}
+    assert manifest.interface.extra == {"tuning": [{"in": "h"}]}
 
 
 def test_an_unknown_key_survives_signing_and_thinning(tmp_path):

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider_exporters.choose import LATENCY_NOISE, MOST, Candidate, choose, formats_of, resolved, speaks_for
+from outrider_exporters.choose import (
+    LATENCY_NOISE,
+    MOST,
+    Candidate,
+    choose,
+    formats_of,
+    noise_of,
+    resolved,
+    speaks_for,
+)
 from outrider_runtimes.board import Board
 from outrider_runtimes.errors import ConfigError
 from outrider_runtimes.targets import TARGETS, target_named
@@ -22,7 +31,7 @@ PLAIN = dataclasses.replace(VNNI, features=frozenset(AVX2))
 PI5 = dataclasses.replace(VNNI, machine="aarch64", features=TARGETS["pi5"].features)
 
 
-def candidate(name, *, ms=None, accuracy=0.95, size=1000, missed=""):
+def candidate(name, *, ms=None, accuracy=0.95, size=1000, missed="", noise=0.0):
     """``onnx-float32``, ``tflite-static``, ``onnx-qdq-u8s8``: the scheme is in the name."""
     kind, _, scheme = name.partition("-")
     return Candidate(
@@ -35,6 +44,7 @@ def candidate(name, *, ms=None, accuracy=0.95, size=1000, missed=""):
         latency_ms=ms,
         parity=0.0,
         missed=missed,
+        latency_noise=noise,
     )
 
 
@@ -121,6 +131,40 @@ def test_what_only_stores_in_fewer_bits_stays_for_its_size_and_says_so():
     assert "kept for its size" in choice.notes["onnx-weight-only"]
 
 
+def test_a_difference_that_a_twin_of_the_same_file_shows_too_decides_nothing():
+    """Half as fast again, but the file measured twice differs by 60 %: size decides, and the note says so."""
+    small = candidate("onnx-qdq-u8s8", ms=1.5, noise=0.6)
+    choice = choose([*FLOATS, small], resolved("native", VNNI), VNNI)
+    assert choice.kept[0] == "onnx-qdq-u8s8"
+    assert "within noise, 60%" in choice.notes["onnx-qdq-u8s8"]
+    large = dataclasses.replace(small, size_bytes=5000)
+    choice = choose([*FLOATS, large], resolved("native", VNNI), VNNI)
+    assert choice.kept == ("onnx-float32", "tflite-float32")
+    reason = choice.dropped["onnx-qdq-u8s8"]
+    assert "within noise" in reason and "no smaller (5000 bytes, onnx-float32 4000)" in reason
+    quiet = dataclasses.replace(small, latency_noise=0.01)
+    assert "measured slower" in choose([*FLOATS, quiet], resolved("native", VNNI), VNNI).dropped["onnx-qdq-u8s8"]
+
+
+def test_among_quantized_forms_within_noise_accuracy_decides_and_the_reason_says_so():
+    pair = [
+        candidate("onnx-qdq-u8s8", ms=0.30, accuracy=0.90, noise=0.2),
+        candidate("onnx-qdq-s8s8", ms=0.34, accuracy=0.95, noise=0.01),
+    ]
+    choice = choose([*FLOATS, *pair], resolved("native", VNNI), VNNI)
+    assert choice.kept[0] == "onnx-qdq-s8s8"
+    assert choice.dropped["onnx-qdq-u8s8"].endswith("0.300 against 0.340 ms, which is within noise")
+    quiet = [dataclasses.replace(item, latency_noise=0.01) for item in pair]
+    choice = choose([*FLOATS, *quiet], resolved("native", VNNI), VNNI)
+    assert choice.kept[0] == "onnx-qdq-u8s8"
+    assert "noise" not in choice.dropped["onnx-qdq-s8s8"]
+
+
+def test_of_two_floats_within_noise_the_smaller_is_kept_first():
+    pair = [candidate("onnx-float32", ms=1.0, size=4000, noise=0.3), candidate("tflite-float32", ms=1.2, size=3000)]
+    assert choose(pair, resolved("native", VNNI), VNNI).kept == ("tflite-float32", "onnx-float32")
+
+
 def test_of_equally_fast_ones_the_more_accurate_is_kept():
     pair = [candidate("onnx-qdq-u8s8", ms=0.300, accuracy=0.90), candidate("onnx-qdq-u8s8-pc", ms=0.305, accuracy=0.95)]
     choice = choose([*FLOATS, *pair], resolved("native", VNNI), VNNI)
@@ -187,6 +231,7 @@ candidates = st.lists(
         ms=latency,
         accuracy=st.floats(0.0, 1.0),
         size=st.integers(1, 10**6),
+        noise=st.sampled_from([0.0, 0.01, 0.5]),
         missed=st.sampled_from(["", "", "", "missed"]),
     ),
     unique_by=lambda item: item.name,
@@ -211,12 +256,14 @@ def test_nothing_measured_slower_than_float_is_kept_silently(items, target, host
     if not choice.measured:
         return
     kept = [item for item in items if item.name in choice.kept]
-    floats = [item.latency_ms for item in kept if item.family == "float"]
+    floats = [item for item in kept if item.family == "float"]
+    fastest = min(floats, key=lambda item: item.latency_ms, default=None)
     for item in kept:
-        if floats and item.family != "float" and item.latency_ms > min(floats):
+        if floats and item.family != "float" and item.latency_ms > fastest.latency_ms:
             assert item.name in choice.notes
             if item.family in ("static", "dynamic"):
-                assert item.latency_ms <= min(floats) * (1 + LATENCY_NOISE)
+                assert item.latency_ms <= fastest.latency_ms * (1 + noise_of(item, fastest))
+                assert noise_of(item, fastest) >= LATENCY_NOISE
 
 
 @given(candidates, st.sampled_from(["pi4", "pi-32bit"]))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from outrider_exporters import Data, MaxDrop, MaxMetric, MaxSize, Metric, Recipe
+from outrider_exporters.around import Caller
 from outrider_exporters.deciding import decide, with_blame
 from outrider_exporters.job import Job
 from outrider_exporters.layers import LayerError
@@ -48,6 +49,8 @@ def job(**options):
         "gates": (),
         "signing_keys": (),
         "evaluate": lambda predict, test: {},
+        "data": data,
+        "caller": Caller(interface=INTERFACE, example=context.example),
         "context": context,
         "host": HOST,
     }
@@ -85,6 +88,13 @@ def test_without_targets_everything_is_kept_and_slowness_is_said():
     assert decision.kept[0].note == ""
     assert decision.kept[1].note.startswith("slower than float32 on the exporting host: 2.000 ms")
     assert (decision.passed_over, decision.choices, decision.missed) == ((), (), ())
+
+
+def test_a_larger_file_is_said_to_be_larger_and_what_was_tried_is_kept_with_the_figures():
+    decision = decide(job(), built(variant("float32", ms=0.01), variant("int8", ms=0.02, size=1600)), BASELINE, ())
+    assert decision.kept[1].note.endswith("no smaller than float32: 1600 bytes, onnx-float32 1000")
+    assert decision.worth.text.startswith("no quantized form beats float32: onnx-float32 takes 0.010 ms")
+    assert decision.worth.tried["onnx-int8"]["size_bytes"] == 1600
 
 
 def test_targets_choose_and_the_rest_is_told_with_reasons():
@@ -181,6 +191,17 @@ def test_golden_rows_are_generated_where_the_test_is_the_users_own_kind():
     assert not same_rows({"x": golden.inputs["x"][2:]}, {"x": np.concatenate([rows(20, 1)["x"], rows(9, 2)["x"]])})
     assert golden.inputs["x"].max() <= rows(2, 4)["x"].max()
     np.testing.assert_array_equal(golden.inputs["x"], choose_golden(job(data=data)).inputs["x"])
+
+
+def test_no_golden_row_is_a_training_row_though_the_example_or_the_test_has_some():
+    test = {"x": np.concatenate([rows(20, 1)["x"], rows(3, 9)["x"]])}
+    golden = choose_golden(job(data=Data(train=(rows(20, 1), np.zeros(20)), test=(test, 1))))
+    assert golden.to_dict() == {"rows": 3, "from": "test", "trained_on": 0}
+    assert same_rows(golden.inputs, rows(3, 9))
+    for part in ((rows(2, 4), 1), object()):  # the example's rows are trained on, and all of the test's
+        golden = choose_golden(job(data=Data(train=(rows(2, 4), np.zeros(2)), test=part)))
+        assert golden.to_dict() == {"rows": 64, "from": "generated", "trained_on": 0}
+        assert not (golden.inputs["x"][:, None] == rows(2, 4)["x"]).all(-1).any()
 
 
 def test_generated_integers_stay_within_the_range():

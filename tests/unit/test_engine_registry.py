@@ -41,7 +41,9 @@ def test_by_name():
     assert engine_named("litert").name == "litert"
     with pytest.raises(NoEngine, match="tensorrt") as caught:
         engine_named("tensorrt")
-    assert caught.value.hint == "the engines are onnxruntime, litert, tflite_runtime"
+    assert caught.value.hint == (
+        "the engines are onnxruntime, litert, tflite_runtime, onnxruntime-tensorrt, onnxruntime-cuda"
+    )
 
 
 def test_for_a_format():

@@ -137,7 +137,9 @@ def test_what_is_not_a_gate_is_refused():
     [
         lambda: MaxDrop("accuracy", points=-1.0),
         lambda: MaxDrop("accuracy", points=math.nan),
+        lambda: MaxDrop("accuracy", points=math.inf),
         lambda: MaxDrop("accuracy", points="1"),
+        lambda: MinMetric("accuracy", at_least=-math.inf),
         lambda: MinMetric("accuracy", at_least=math.nan),
         lambda: MaxSize(0),
         lambda: MaxSize(True),

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from outrider.bundle import OffloadRule
 from outrider.hybrid import Hybrid
 from outrider.policy import Policy
 from outrider_runtimes.errors import (
@@ -28,8 +29,10 @@ from outrider_runtimes.errors import (
     RemoteUnavailable,
     ReplyError,
     RunnerClosed,
+    ShapeError,
     UnknownTensor,
 )
+from outrider_runtimes.scores import Score
 from outrider_runtimes.tensors import Interface, TensorSpec
 from support.runners import CLASSES, INTERFACE, OTHER_INTERFACE, ConnectingRunner, NumpyRunner
 
@@ -75,6 +78,10 @@ def told(prediction) -> tuple[str, str]:
     return prediction.source, prediction.reason
 
 
+def certified(score, thresholds) -> OffloadRule:
+    return OffloadRule(score=score, alpha=0.01, delta=0.1, rows=1000, thresholds=thresholds)
+
+
 # --- both sides well
 
 
@@ -98,6 +105,112 @@ def test_one_uncertain_row_sends_the_batch(edge, cloud):
 
 def test_a_policy_that_judges_nothing_stays_at_the_edge(edge, cloud):
     assert told(Hybrid(edge, cloud, Policy(GENEROUS_MS)).infer({"x": UNSURE})) == ("edge", "edge")
+
+
+@pytest.mark.parametrize("kind", ["margin", "entropy", "energy"])
+def test_the_threshold_that_an_export_certified_is_obeyed(edge, cloud, kind):
+    score = Score(kind=kind, output="logits")
+    low, high = score.least({"logits": UNSURE}), score.least({"logits": SURE})
+    edge.variant, edge.offload = "a", certified(score, {"a": (low + high) / 2, "b": high + 1.0})
+    hybrid = Hybrid(edge, cloud, Policy(GENEROUS_MS))
+    assert told(hybrid.infer({"x": SURE})) == ("edge", "confident")
+    assert told(hybrid.infer({"x": UNSURE})) == ("cloud", "uncertain")
+    edge.variant = "b"  # each variant has its own
+    assert told(hybrid.infer({"x": SURE})) == ("cloud", "uncertain")
+
+
+def test_the_callers_own_rule_goes_before_the_certified_one(edge, cloud):
+    edge.variant, edge.offload = "a", certified(Score(output="logits"), {"a": 2.0})
+    assert told(Hybrid(edge, cloud, Policy(GENEROUS_MS)).infer({"x": SURE})) == ("cloud", "uncertain")
+    assert told(Hybrid(edge, cloud, POLICY).infer({"x": SURE})) == ("edge", "confident")
+    unjudged = Policy(GENEROUS_MS, obey_certified=False)
+    assert told(Hybrid(edge, cloud, unjudged).infer({"x": UNSURE})) == ("edge", "edge")
+
+
+def test_what_is_private_never_leaves_the_board(edge, cloud):
+    hybrid = Hybrid(edge, cloud, POLICY)
+    assert told(hybrid.infer({"x": UNSURE}, private=True)) == ("edge_degraded", "private")
+    assert told(hybrid.infer({"x": SURE}, private=True)) == ("edge", "confident")
+    edge.expected_ms, cloud.expected_ms = 2 * GENEROUS_MS, 1.0  # the policy would ask the cloud first
+    assert told(hybrid.infer({"x": SURE}, private=True)) == ("edge", "confident")
+    edge.error = lambda: InferenceError("the edge is broken")
+    with pytest.raises(InferenceError, match="the edge is broken"):
+        hybrid.infer({"x": SURE}, private=True)
+    assert cloud.submitted == 0
+
+
+def test_a_size_that_the_boards_file_does_not_take_goes_to_the_cloud(edge, cloud):
+    edge.error = lambda: ShapeError("the file takes T = 8 or 16", tensor="x")
+    assert told(Hybrid(edge, cloud, POLICY).infer({"x": SURE})) == ("cloud", "shape")
+    edge.refusal = lambda: ShapeError("the file takes T = 8 or 16", tensor="x")
+    assert told(Hybrid(edge, cloud, POLICY).infer({"x": SURE})) == ("cloud", "shape")
+    with pytest.raises(ShapeError, match="T = 8 or 16"):
+        Hybrid(edge, cloud, POLICY).infer({"x": SURE}, private=True)
+
+
+# --- hedging
+
+
+HEDGED = Policy(GENEROUS_MS, hedge_after_ms=0.0)
+
+
+def test_a_slow_edge_is_not_waited_for_where_both_are_asked(edge, cloud):
+    edge.hold()
+    prediction = Hybrid(edge, cloud, HEDGED).infer({"x": SURE})
+    assert told(prediction) == ("cloud", "hedge")
+    np.testing.assert_array_equal(prediction.outputs["logits"], SURE * 2)
+    edge.let_go()
+
+
+def test_an_edge_that_answers_first_is_taken(edge, cloud):
+    hybrid = Hybrid(edge, cloud, HEDGED)
+    cloud.hold()
+    assert told(answered_by_the_edge(hybrid, edge, cloud)) == ("edge", "edge")
+    cloud.let_go()
+
+
+def test_an_attempt_that_nobody_waits_for_still_speaks_of_the_cloud(edge, cloud):
+    hybrid = Hybrid(edge, cloud, HEDGED)
+    cloud.error = lambda: RemoteUnavailable("gone")
+    for _ in range(hybrid.policy.failures_in_a_row):
+        cloud.hold()
+        assert told(answered_by_the_edge(hybrid, edge, cloud)) == ("edge", "edge")
+        cloud.let_go()
+        wait_for(lambda: hybrid._cloud.breaker.streak == cloud.submitted or hybrid._cloud.breaker.until_s is not None)
+    assert hybrid._cloud.breaker.until_s is not None
+    edge.let_go()
+    assert told(hybrid.infer({"x": SURE})) == ("edge", "edge")
+    assert cloud.submitted == hybrid.policy.failures_in_a_row
+
+
+def answered_by_the_edge(hybrid, edge, cloud):
+    """A call in which the edge answers only after the cloud was asked as well."""
+    before = cloud.submitted
+    edge.hold()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(hybrid.infer, {"x": SURE})
+        wait_for(lambda: cloud.submitted == before + 1)
+        edge.let_go()
+        return answer.result()
+
+
+def test_a_quick_edge_leaves_the_cloud_alone(edge, cloud):
+    hybrid = Hybrid(edge, cloud, Policy(GENEROUS_MS, hedge_after_ms=GENEROUS_MS / 2))
+    assert told(hybrid.infer({"x": SURE})) == ("edge", "edge")
+    assert cloud.submitted == 0
+
+
+def test_a_hedge_gives_nothing_private_away_and_helps_where_the_edge_fails(edge, cloud):
+    hybrid = Hybrid(edge, cloud, HEDGED)
+    edge.hold()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(hybrid.infer, {"x": SURE}, private=True)
+        wait_for(lambda: edge.submitted == 1)
+        edge.let_go()
+        assert told(answer.result()) == ("edge", "edge")
+    assert cloud.submitted == 0
+    edge.error = lambda: InferenceError("the edge is broken")
+    assert told(hybrid.infer({"x": SURE}))[0] == "cloud"
 
 
 def test_one_array_will_do_where_there_is_one_input(edge, cloud):

@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import outrider
-from outrider.bundle import generate_key, save_keypair, thin_bundle
-from outrider.installer import InstallReport, install, rollback
+from outrider.bundle import Trust, generate_key, save_keypair, thin_bundle
+from outrider.installer import InstallReport, install, rollback, same_board
 from outrider.model import BundleInfo, Model, Prediction, load
+from outrider.store import Store
+from outrider_runtimes.board import this_board
 from outrider_runtimes.bound import BoundSession
 from outrider_runtimes.deadline import Deadline
 from outrider_runtimes.errors import (
@@ -34,6 +36,7 @@ from outrider_runtimes.errors import (
     NotFiniteError,
     NotInstalled,
     OutriderError,
+    QueueFull,
     RunnerClosed,
     ShapeError,
     StateDirectoryError,
@@ -262,6 +265,7 @@ def test_every_engine_and_variant_can_be_asked_for(shared: Path) -> None:
         ({"variant": "onnx-int8"}, ConfigError, "onnx-int8"),
         ({"engine": "tensorrt-llm"}, NoEngine, "tensorrt-llm"),
         ({"threads": 0}, ConfigError, "threads is 0"),
+        ({"finite": "zero"}, ConfigError, "finite is 'zero', expected 'reject' or 'clip' or 'pass'"),
         ({"engine": "onnxruntime", "variant": TFLITE}, NoEngine, f"{TFLITE} on onnxruntime"),
         ({"engine": "tflite_runtime"}, NoEngine, "not installed"),
     ],
@@ -271,7 +275,22 @@ def test_what_is_not_there_is_refused_with_what_is(
 ) -> None:
     with pytest.raises(error, match=says) as info:
         load("tiny", state=shared, **asked)
-    assert info.value.hint or "threads" in asked
+    assert info.value.hint or {"threads", "finite"} & set(asked)
+
+
+def test_the_policy_for_infinities_is_asked_for_at_load(shared: Path) -> None:
+    """The interface's range is 0 to 1, so that clip answers as for an image of ones."""
+    endless = np.full_like(images(2), np.inf)
+    with load("tiny", state=shared) as model, pytest.raises(NotFiniteError):
+        model.infer(endless)
+    with load("tiny", state=shared, finite="clip") as model:
+        clipped = model.predict(endless)
+        assert clipped["logits"].tobytes() == model.predict(np.ones_like(endless))["logits"].tobytes()
+        assert model.submit({"image": endless}, Deadline.after_ms(60_000)).result(60).outputs.keys() == clipped.keys()
+        with pytest.raises(NotFiniteError, match="NaN"):
+            model.infer(endless * 0)
+    with load("tiny", state=shared, finite="pass") as model:
+        assert not np.isfinite(model.predict(endless)["logits"]).any()
 
 
 def test_an_unknown_name_says_what_is_installed(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,6 +328,73 @@ def uninstall(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, p=None: None if name == package else real(name, p))
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
+
+
+def rewrite(state: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what the store kept of the latest admission of "tiny", as another engine or board would have it."""
+    path = state / "names/tiny.json"
+    record = json.loads(path.read_text())
+    change(record["current"]["choice"]["admissions"][0])
+    path.write_text(json.dumps(record))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda admission: admission["engines"].update(onnxruntime="0.0.1"), "onnxruntime's version is another"),
+        (lambda admission: admission["board"].update(cpus=99), "the board is another"),
+    ],
+)
+def test_another_engine_version_or_board_is_measured_at_the_next_load(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Callable[[dict[str, Any]], object], says: str
+) -> None:
+    make_real_bundle(tmp_path / "b.outrider")
+    first = install(tmp_path / "b.outrider", state=tmp_path)
+    rewrite(tmp_path, lambda admission: (change(admission), admission.update(peak_rss_bytes=1)))
+    with caplog.at_level(logging.WARNING), load("tiny", state=tmp_path) as model:
+        assert close_to(model.predict(images()), images())
+    assert says in caplog.text
+    kept = json.loads((tmp_path / "names/tiny.json").read_text())["current"]["choice"]["admissions"]
+    assert [each["peak_rss_bytes"] > 1 for each in kept] == [True, False]  # the other board's is kept too
+    assert (kept[0]["engines"], kept[0]["board"]) == (first.engines, first.board)
+    caplog.clear()
+    load("tiny", state=tmp_path).close()
+    assert "measuring again" not in caplog.text
+    assert not install(tmp_path / "b.outrider", state=tmp_path).admitted
+
+
+@pytest.mark.parametrize(("share", "same"), [(1.0, True), (0.96, True), (1.04, True), (0.9, False), (1.1, False)])
+def test_a_little_memory_more_or_less_is_the_same_board_and_nothing_else_is(share: float, same: bool) -> None:
+    board = this_board().to_dict()
+    other = {**board, "memory_bytes": int(board["memory_bytes"] * share)}
+    assert same_board(board, other) is same_board(other, board) is same
+    assert not same_board(board, {**other, "cpus": 99})
+    assert not same_board(board, {**other, "python": "3.9.0"})
+
+
+@pytest.mark.slow
+def test_a_ladder_on_a_changed_board_measures_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_real_bundle(tmp_path / "b.outrider", formats=("onnx", "tflite"))
+    install(tmp_path / "b.outrider", state=tmp_path)
+    rewrite(tmp_path, lambda admission: admission["board"].update(cpus=99))
+    with caplog.at_level(logging.WARNING):
+        load("tiny", state=tmp_path, ladder=[ONNX, TFLITE], latency_ms=1e6).close()
+    assert caplog.text.count("measuring again") == 1
+
+
+@pytest.mark.slow
+def test_a_bundle_that_a_new_engine_breaks_says_with_what_it_passed(tmp_path: Path) -> None:
+    make_real_bundle(tmp_path / "b.outrider", golden_shift=0.5)
+    make_real_bundle(tmp_path / "good.outrider")
+    install(tmp_path / "good.outrider", state=tmp_path)
+    store = Store(tmp_path)
+    with store.add(tmp_path / "b.outrider", Trust()) as staged:  # as if it had passed with another engine
+        store.activate(staged, store.installed("tiny").choice)
+    rewrite(tmp_path, lambda admission: admission["engines"].update(onnxruntime="0.0.1"))
+    with pytest.raises(AdmissionError, match="differs by") as info:
+        load("tiny", state=tmp_path)
+    assert "onnxruntime 0.0.1" in info.value.hint
 
 
 # -- trust
@@ -488,13 +574,13 @@ def gate() -> Iterator[Gate]:
     gate.go.set()
 
 
-def gated(gate: Gate, expected_ms: float | None = None) -> Model:
+def gated(gate: Gate, expected_ms: float | None = None, **options: Any) -> Model:
     x, y = (TensorSpec(name=name, dtype="float32", shape=(None,), axes="N") for name in "xy")
     bind = [TensorBinding(name=name, file_name=name, dtype="float32", shape=(None,)) for name in "xy"]
     interface = Interface(inputs=(x,), outputs=(y,))
     session = BoundSession(gate, interface, Binding(inputs=(bind[0],), outputs=(bind[1],)))
     info = BundleInfo(name="gate", version=1, digest="0" * 64, verified=False)
-    return Model(session, bundle=info, variant="v", engine="gate", threads=1, expected_ms=expected_ms)
+    return Model(session, bundle=info, variant="v", engine="gate", threads=1, expected_ms=expected_ms, **options)
 
 
 ONE = np.ones(1, np.float32)
@@ -595,6 +681,49 @@ def test_a_call_that_loses_the_race_with_close_is_told_so(gate: Gate) -> None:
     model._run = late
     with pytest.raises(RunnerClosed):
         model.infer(ONE)
+
+
+# -- a process of its own
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_gives_the_same_bits_and_survives_a_stuck_call(tmp_path: Path) -> None:
+    make_real_bundle(tmp_path / "b.outrider", files={"onnx": tinymodels.endless_onnx(tinymodels.weights(0), above=1.5)})
+    with load(tmp_path / "b.outrider", state=tmp_path) as model:
+        here = model.predict(images())["logits"]
+    with load("tiny", state=tmp_path, isolation="process") as model:
+        assert model.predict(images())["logits"].tobytes() == here.tobytes()
+        with pytest.raises(DeadlineExceeded):
+            model.infer(images() + 2.0, deadline_ms=50.0)
+        assert model.infer(images(), deadline_ms=60_000.0).outputs["logits"].tobytes() == here.tobytes()
+        assert not model.sick
+
+
+@pytest.mark.parametrize("asked", [{"isolation": "thraed"}, {"drop": "all"}])
+def test_a_word_that_an_option_does_not_have_is_refused_before_anything_is_opened(
+    shared: Path, asked: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match="expected '"):
+        load("tiny", state=shared, **asked)
+
+
+@pytest.mark.parametrize("drop", ["newest", "oldest"])
+def test_drop_says_which_request_goes(gate: Gate, drop: Any) -> None:
+    model = gated(gate, drop=drop)
+    gate.stuck = True
+    first = model.submit({"x": ONE}, Deadline.after_ms(None))
+    gate.entered.wait(10.0)
+    waiting = [model.submit({"x": ONE}, Deadline.after_ms(None)) for _ in range(8)]
+    if drop == "newest":
+        with pytest.raises(QueueFull):
+            model.submit({"x": ONE}, Deadline.after_ms(None))
+    else:
+        waiting.append(model.submit({"x": ONE}, Deadline.after_ms(None)))
+        with pytest.raises(QueueFull):
+            waiting.pop(0).result(0)
+    gate.go.set()
+    assert all(future.result(10.0).outputs["y"][0] == 2.0 for future in [first, *waiting])
+    model.close()
 
 
 # -- callbacks

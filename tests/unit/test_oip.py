@@ -340,7 +340,7 @@ def interface() -> Interface:
 
 
 def reply(**changes) -> oip.Reply:
-    outputs = {"n": np.array(4), "y": np.zeros((2, 3), np.float32)} | changes.pop("outputs", {})
+    outputs = {"n": np.array(4, np.int64), "y": np.zeros((2, 3), np.float32)} | changes.pop("outputs", {})
     return oip.Reply(**{"model": "m", "version": "1", "id": "5", "outputs": outputs} | changes)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +18,6 @@ from outrider.policy import (
     State,
     allow,
     failed,
-    least_margin,
     may_call,
     obstacle,
     open_for_s,
@@ -69,6 +67,9 @@ def test_no_deadline_is_said_not_assumed():
         ("min_margin", -0.1),
         ("min_margin", 1.1),
         ("min_margin", math.nan),
+        ("hedge_after_ms", -1.0),
+        ("hedge_after_ms", math.nan),
+        ("obey_certified", 1),
         ("output", 3),
         ("offload_when_queued", 1),
         ("reserve_ms", -1.0),
@@ -173,6 +174,9 @@ states = st.builds(
     cloud_tried_s=times,
     breaker=breakers,
     mismatch=st.booleans(),
+    certified=st.none() | st.floats(0.0, 1.0),
+    private=st.booleans(),
+    spent=st.booleans(),
 )
 policies = st.builds(
     Policy,
@@ -220,39 +224,6 @@ def test_the_cloud_is_never_chosen_over_an_obstacle(policy, given_state, margin,
     if blocked is not None:
         assert route(policy, given_state, now_s).side != "cloud"
         assert review(policy, given_state, margin, now_s).action != "offload"
-
-
-# --- the margin
-
-
-def test_least_margin_is_that_of_the_least_certain_row():
-    logits = np.log(np.array([[0.7, 0.2, 0.1], [0.5, 0.4, 0.1]], dtype=np.float32))
-    assert least_margin(logits) == pytest.approx(0.1, abs=1e-6)
-    assert least_margin(logits[:1]) == pytest.approx(0.5, abs=1e-6)
-    assert least_margin(logits[0]) == pytest.approx(0.5, abs=1e-6)
-    assert least_margin(logits.reshape(1, 2, 3)) == pytest.approx(0.1, abs=1e-6)
-
-
-@pytest.mark.parametrize("worst", [[math.nan, 0.0], [math.inf, math.inf], [math.inf, 0.0]])
-def test_a_row_that_is_not_a_number_makes_the_margin_none(worst):
-    assert math.isnan(least_margin(np.array([[9.0, 0.0], worst], dtype=np.float32)))
-
-
-def test_no_rows_and_one_class_leave_nothing_to_doubt():
-    assert least_margin(np.zeros((0, 3), np.float32)) == 1.0
-    assert least_margin(np.zeros((2, 1), np.float32)) == 1.0
-
-
-@given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=2, max_size=20), st.floats(-100.0, 100.0))
-def test_the_margin_is_a_share_and_does_not_move_with_a_shift(values, shift):
-    logits = np.array([values], dtype=np.float64)
-    margin = least_margin(logits)
-    assert 0.0 <= margin <= 1.0
-    assert least_margin(logits + shift) == pytest.approx(margin, abs=1e-6)
-
-
-def test_large_float16_logits_do_not_overflow():
-    assert least_margin(np.array([[60000.0, -60000.0]], dtype=np.float16)) == 1.0
 
 
 # --- the breaker, by example

@@ -15,9 +15,17 @@ import outrider
 from outrider_runtimes import errors
 
 PUBLIC = [
+    "AdmissionAnswer",
+    "AdmissionCrash",
     "AdmissionError",
+    "AdmissionHang",
+    "AdmissionIllegal",
+    "AdmissionLimit",
+    "AdmissionNaN",
+    "AdmissionSlow",
     "BundleError",
     "BundleInfo",
+    "Change",
     "ConfigError",
     "Deadline",
     "DeadlineExceeded",
@@ -47,6 +55,7 @@ PUBLIC = [
     "RemoteUnavailable",
     "ReplyError",
     "Reporter",
+    "RolledBack",
     "RunnerClosed",
     "RunnerError",
     "ShapeError",
@@ -63,7 +72,7 @@ PUBLIC = [
     "rollback",
 ]
 # Errors of the workstation's commands: no call of the device's surface raises them.
-WORKSTATION_ERRORS = {"ExportError", "GateMissed"}
+WORKSTATION_ERRORS = {"ExportError", "GateMissed", "RehearsalError"}
 
 FORBIDDEN = [
     *("torch", "onnx", "rich", "onnxruntime", "ai_edge_litert", "tflite_runtime", "paho", "cryptography", "starlette"),
@@ -138,7 +147,18 @@ def test_importing_outrider_loads_numpy_and_the_standard_library_alone() -> None
 
 def test_importing_adds_little_to_numpy() -> None:
     with_outrider = {name for name in fresh("import outrider") if name.startswith("outrider")}
-    assert with_outrider == {"outrider", "outrider_runtimes", "outrider_runtimes.errors", "outrider_runtimes.tensors"}
+    below = {f"outrider_runtimes.{name}" for name in ("_inputs", "errors", "tensors")}
+    assert with_outrider == {"outrider", "outrider_runtimes", *below}
+
+
+def test_what_only_an_install_needs_is_not_loaded_with_load() -> None:
+    """A board's service starts by ``load``; each of these is some milliseconds of its start."""
+    modules = fresh("import outrider; outrider.load")
+    heavy = {"subprocess", "tempfile", "shutil", "random", "importlib.metadata", "email"}
+    ours = {
+        f"outrider.{name}" for name in ("admit", "supervise", "trial", "probation", "bundle.reader", "bundle.writer")
+    }
+    assert (heavy | ours) & set(modules) == set()
 
 
 @pytest.mark.parametrize("name", ["load", "install", "Model", "Prediction", "Policy", "Hybrid"])

@@ -68,11 +68,31 @@ def test_a_recipe_file_has_every_option(tmp_path):
     )
 
 
-def test_training_with_rounding_is_a_pass_of_a_recipe():
-    recipe = Recipe([Prune(ratio=0.5), QAT(rounds=2), Quantize()])
+def test_training_with_rounding_is_a_pass_of_a_recipe(tmp_path):
+    recipe = Recipe([Prune(ratio=0.5), QAT(rounds=2, per_channel=False), Quantize(per_channel=False)])
     assert recipe.kinds == ("prune", "qat", "quantize")
     assert Recipe.from_dict(recipe.to_dict()) == recipe
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        "[[passes]]\ntype = 'qat'\nrounds = 3\ncheckpoint = 'kept'\n"
+        "[[passes]]\ntype = 'quantize'\nscheme = 'weight-only'\n[[passes]]\ntype = 'quantize'\n"
+    )
+    assert Recipe.from_toml(path).passes[0] == QAT(rounds=3, checkpoint="kept")
     with pytest.raises(ConfigError, match="rounds is 0"):
         QAT(rounds=0)
-    with pytest.raises(ConfigError, match="qat comes after quantize"):
-        Recipe([Quantize(), QAT()])
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ([Quantize(), QAT()], "qat comes after quantize"),
+        ([QAT()], r"passes\[0\]: qat trains for static int8"),
+        ([QAT(), Quantize("dynamic")], r"passes\[0\]: qat trains for static int8"),
+        ([QAT(), Prune(ratio=0.5), Quantize()], "other training would undo it"),
+        ([QAT(per_channel=False), Quantize()], "qat has per_channel = False, quantize True"),
+        ([QAT(), Quantize(observer="mse")], "quantize observes ranges by mse, and qat has trained them"),
+    ],
+)
+def test_what_stands_behind_the_training_must_be_what_it_trains_for(passes, message):
+    with pytest.raises(ConfigError, match=message):
+        Recipe(passes)

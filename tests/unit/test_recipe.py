@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outrider_exporters import Distill, MaxDrop, MaxSize, MinMetric, Prune, Quantize, Recipe
-from outrider_exporters.recipe import RecipeFile
+from outrider_exporters.recipe import RecipeFile, to_toml
 from outrider_runtimes.errors import ConfigError
 
 positive = st.floats(1e-6, 1e3)
@@ -116,6 +116,10 @@ def test_an_empty_file_is_an_export_as_it_is(tmp_path):
     ("text", "path", "hint"),
     [
         ("modle = 1", "modle: unknown key", "did you mean 'model'?"),
+        ("offload = 1", "offload: expected a table", "[offload]"),
+        ("[offload]\nalfa = 0.1", "offload.alfa: unknown key", "did you mean 'alpha'?"),
+        ("[offload]\nalpha = 'x'", "offload.alpha: expected a number", ""),
+        ("[offload]\nalpha = 2.0", "offload: alpha is 2.0, expected a number above 0 and below 1", ""),
         ("[model]\nsorce = 'a:b'", "model.sorce: unknown key", "did you mean 'source'?"),
         ("model = 3", "model: expected a table", "[model]"),
         ("[model]\nsource = 3", "model.source: expected a string", ""),
@@ -207,3 +211,34 @@ def test_a_pipe_is_no_recipe_and_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "recipe.toml")
     with pytest.raises(ConfigError, match="not a regular file"):
         RecipeFile.from_toml(tmp_path / "recipe.toml")
+
+
+NAMED = {"dynamic_axes": {"tokens": "T"}, "shapes": {"T": (8, 16)}, "state": {"h": "h_next"}}
+
+
+def test_free_axes_their_sizes_and_state_are_tables(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text('[dynamic_axes]\ntokens = "T"\n[shapes]\nT = [8, 16]\n[state]\nh = "h_next"\n')
+    file = RecipeFile.from_toml(path)
+    assert {key: getattr(file, key) for key in NAMED} == NAMED
+    assert RecipeFile.from_dict(file.to_dict()) == RecipeFile.from_dict(RecipeFile(**NAMED).to_dict())
+    path.write_text(to_toml(file.to_dict()))
+    assert {key: getattr(RecipeFile.from_toml(path), key) for key in NAMED} == NAMED
+    assert not NAMED.keys() & RecipeFile().to_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"dynamic_axes": "T"}, "dynamic_axes: expected a table"),
+        ({"dynamic_axes": {"tokens": 1}}, "dynamic_axes.tokens: expected"),
+        ({"shapes": {"T": 8}}, "shapes.T: expected a list of whole numbers"),
+        ({"shapes": {"T": [8, "16"]}}, r"shapes.T\[1\]: expected"),
+        ({"shapes": {"T": [True]}}, r"shapes.T\[0\]: expected"),
+        ({"state": [["h", "h_next"]]}, "state: expected a table"),
+        ({"state": {"h": ["h_next"]}}, "state.h: expected"),
+    ],
+)
+def test_odd_tables_are_named(data, words):
+    with pytest.raises(ConfigError, match=words):
+        RecipeFile.from_dict(data)

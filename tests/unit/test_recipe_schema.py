@@ -19,6 +19,7 @@ from outrider_exporters import (
     MaxSize,
     Metric,
     MinMetric,
+    Offload,
     Prune,
     Quantize,
     Recipe,
@@ -53,6 +54,7 @@ files = st.builds(
     seed=st.integers(0, 2**31),
     recipe=st.builds(lambda p, q: Recipe([*p, *q]), st.lists(passes, max_size=2), st.lists(rules, max_size=2)),
     gates=st.lists(gates, max_size=3).map(tuple),
+    offload=st.none() | st.builds(Offload, alpha=st.floats(0.001, 0.9), score=st.sampled_from(["margin", "energy"])),
 )
 
 
@@ -102,6 +104,8 @@ def test_what_is_written_as_toml_is_read_back(file):
         {"gates": [{"type": "max_drop", "metric": "accuracy"}]},
         {"gates": [{"type": "max_drop", "metric": {"nam": "x"}, "points": 1.0}]},
         {"gates": [{"type": "max_size", "bytes": "many"}]},
+        {"offload": {"alfa": 0.1}},
+        {"offload": {"alpha": "little"}},
     ],
 )
 def test_what_does_not_fit_is_refused(data):

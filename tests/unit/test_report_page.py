@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from outrider_exporters import MaxDrop, Prune, Quantize, Recipe
 from outrider_exporters.recipe import RecipeFile
 from outrider_exporters.report.page import flat, higher_is_better, main_metric, pareto, write_report
+from outrider_runtimes.errors import ExportError
 
 FILE = RecipeFile(recipe=Recipe([Prune(ratio=0.5), Quantize()]), gates=(MaxDrop("accuracy", points=1.0),), seed=3)
 
@@ -27,7 +28,9 @@ def variant(name, accuracy, ms, size, note=""):
         "size_bytes": size,
         "metrics": {"f1": 0.5, "accuracy": accuracy},
         "latency_host_ms_p50": ms,
+        "latency_noise": 0.012,
         "parity": 0.01,
+        "likeness": {"rows": 500, "snr_db": 31.4, "changed": 0.0125},
         "targets": {"pi4": "unmeasured"},
         "note": note,
     }
@@ -81,6 +84,8 @@ REPORT = {
     "passed_over": [variant("onnx-int8-u8s8", 0.94, 0.4, 9100)],
     "dropped": {"onnx-int8-u8s8": "pi4: unsigned activations are not its int8 form"},
     "layers": {"onnx-int8": [{"layer": "conv.1", "operator": "Conv", "error": 0.1, "added": 0.05}]},
+    "offload": {},
+    "quantization": {"text": "no quantized form beats float32: <onnx>", "faster": [], "smaller": [], "tried": {}},
 }
 
 
@@ -144,6 +149,8 @@ def test_the_page_says_what_matters(written):
         "outrider export recipe.toml --output digits.outrider",
         "conv.1",
         "qdq<b>",
+        "no quantized form beats float32: <onnx>.",
+        "1.2%",
     ):
         assert words in text
 
@@ -225,3 +232,8 @@ def test_figures_become_rows():
         "flag": "True",
         "n": "12,345",
     }
+
+
+def test_a_report_that_cannot_be_written_says_so(tmp_path):
+    with pytest.raises(ExportError, match=r"report\.json cannot be written: No such file"):
+        write_report(tmp_path / "gone" / "report.html", REPORT)

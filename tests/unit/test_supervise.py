@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from outrider.supervise import Ended, Limits, child_environment, default_rss_bytes, run_child
+from outrider.supervise import Ended, Limits, default_rss_bytes, run_child
+from outrider_runtimes.environment import child_environment
 
 pytestmark = pytest.mark.slow
 

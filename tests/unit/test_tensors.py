@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import types
 import warnings
 
 import numpy as np
@@ -20,7 +21,15 @@ from outrider_runtimes.errors import (
     ShapeError,
     UnknownTensor,
 )
-from outrider_runtimes.tensors import DTYPES, Binding, Interface, TensorBinding, TensorSpec, check_inputs
+from outrider_runtimes.tensors import (
+    DTYPES,
+    Binding,
+    Interface,
+    TensorBinding,
+    TensorSpec,
+    check_inputs,
+    compile_check,
+)
 
 IMAGE = TensorSpec(name="image", dtype="float32", shape=(None, 2, 3), axes="NHW")
 IDS = TensorSpec(name="ids", dtype="int64", shape=(None, 4), axes="NT")
@@ -121,10 +130,136 @@ def test_memory_and_byte_order_are_converted_without_loss(data):
     assert np.array_equal(out, array)
 
 
+def one_input(dtype, shape, **more):
+    return Interface(inputs=(TensorSpec(name="x", dtype=dtype, shape=shape, **more),), outputs=(LOGITS,))
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_a_scalar_stays_a_scalar(dtype):
+    swapped = np.array(1).astype(np.dtype(dtype).newbyteorder())
+    (out,) = check_inputs(one_input(dtype, ()), {"x": swapped})
+    assert (out.shape, out.dtype.name, out.dtype.isnative, out.item()) == ((), dtype, True, 1)
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
+@pytest.mark.parametrize("finite", ["reject", "clip", "pass"])
+def test_nothing_at_all_passes(dtype, shape, finite):
+    empty = np.zeros(shape, dtype)
+    (out,) = check_inputs(one_input(dtype, (None,) * len(shape)), {"x": empty}, finite=finite)
+    assert out is empty
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("size", [1, 3, 8192, 8193, 20000])  # on both sides of where the rule changes its way
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_value_is_found_at_any_size_and_place(dtype, size, bad):
+    interface = one_input(dtype, (None,))
+    array = np.full(size, np.finfo(dtype).max, dtype)
+    assert check_inputs(interface, {"x": array})[0] is array
+    for at in (0, size // 2, size - 1):
+        spoilt = array.copy()
+        spoilt[at] = bad
+        with pytest.raises(NotFiniteError):
+            check_inputs(interface, {"x": spoilt})
+        assert check_inputs(interface, {"x": spoilt}, finite="pass")[0] is spoilt
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_clip_brings_infinity_to_the_largest_number_and_refuses_nan(dtype):
+    interface, limits = one_input(dtype, (3,)), np.finfo(dtype)
+    given_ = np.array([-np.inf, 0.5, np.inf], dtype)
+    (out,) = check_inputs(interface, {"x": given_}, finite="clip")
+    assert out.dtype.name == dtype
+    assert out.tolist() == [limits.min, 0.5, limits.max]
+    assert np.isinf(given_).sum() == 2  # what was passed is not written to
+    fine = np.array([limits.min, 0, limits.max], dtype)
+    assert check_inputs(interface, {"x": fine}, finite="clip")[0] is fine
+    with pytest.raises(NotFiniteError, match="has NaN, which has no nearest number") as caught:
+        check_inputs(interface, {"x": np.array([np.nan, 0, np.inf], dtype)}, finite="clip")
+    assert (caught.value.tensor, "np.isnan" in caught.value.hint) == ("x", True)
+
+
+def test_clip_brings_what_is_beyond_the_range_to_its_bounds():
+    interface = one_input("float32", (4,), range=(-1.0, 2.0))
+    given_ = np.array([-np.inf, -1.5, 2.5, 1.0], np.float32)
+    assert check_inputs(interface, {"x": given_}, finite="clip")[0].tolist() == [-1.0, -1.0, 2.0, 1.0]
+    inside = np.array([-1, 0, 1, 2], np.float32)
+    assert check_inputs(interface, {"x": inside}, finite="clip")[0] is inside
+    assert check_inputs(interface, {"x": inside * 9}, finite="reject")[0].max() == 18.0  # a range alone refuses nothing
+
+
+def test_a_range_beyond_the_dtype_clips_to_the_dtype():
+    interface = one_input("float16", (2,), range=(-1e9, 1e9))
+    out = check_inputs(interface, {"x": np.array([-np.inf, np.inf], np.float16)}, finite="clip")[0]
+    assert out.tolist() == [-65504.0, 65504.0]
+
+
+def test_integers_have_no_such_policy():
+    ids = np.array([-5, 9], np.int64)
+    assert check_inputs(one_input("int64", (2,), range=(0.0, 1.0)), {"x": ids}, finite="clip")[0] is ids
+
+
+def answer_of(check, inputs):
+    """What a check says: its arrays, or its error in full."""
+    try:
+        return [(a.dtype.str, a.shape, a.tobytes()) for a in check(inputs)]
+    except InputError as error:
+        return (type(error), str(error), error.hint, error.tensor)
+
+
+values = st.sampled_from([0.0, 1.0, -3.5, 1e30, np.nan, np.inf, -np.inf])
+dtypes = st.sampled_from(["float16", "float32", "float64", "int8", ">f4", "bool"])
+
+
+def arrays_like(dtype, shape):
+    """Arrays that fit, or nearly; now and then no array at all."""
+    fitting = shape.flatmap(lambda sizes: hnp.arrays(np.float64, sizes, elements=values))
+    cast = fitting.map(lambda array: _cast(array, dtype))
+    return cast | cast.map(lambda a: a[::-1]) | st.sampled_from([None, 1.0, [1.0]])
+
+
+def _cast(array, dtype):
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return array.astype(dtype)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_the_compiled_check_is_the_check(data):
+    """One check, several calls: what an earlier call left behind changes nothing."""
+    sizes = st.integers(0, 3)
+    specs = tuple(
+        TensorSpec(
+            name=name,
+            dtype=data.draw(st.sampled_from(["float16", "float32", "float64", "int8"])),
+            shape=data.draw(st.sampled_from([(None, 2), (2, 2), (None, None), (1, None)])),
+            axes=data.draw(st.sampled_from(["NT", "", "NC", "CT"])),
+            range=data.draw(st.sampled_from([None, (-2.0, 2.0)])),
+        )
+        for name in data.draw(st.sampled_from([("a",), ("a", "b"), ("a", "b", "c")]))
+    )
+    interface = Interface(inputs=specs, outputs=(LOGITS,))
+    finite = data.draw(st.sampled_from(["reject", "clip", "pass"]))
+    compiled = compile_check(interface, finite=finite)
+    for _ in range(data.draw(st.integers(1, 4))):
+        inputs = {}
+        for spec in specs:
+            dtype = data.draw(st.just(spec.dtype) | dtypes)
+            shape = st.tuples(sizes, st.just(2) | sizes)
+            inputs[spec.name] = data.draw(arrays_like(dtype, shape))
+        if data.draw(st.integers(0, 9)) == 0:
+            inputs["z"] = inputs.pop("a")
+        wanted = answer_of(lambda given_: check_inputs(interface, given_, finite=finite), inputs)
+        assert answer_of(compiled, inputs) == wanted
+        assert answer_of(compiled, types.MappingProxyType(inputs)) == wanted
+
+
 def test_an_interface_round_trips_and_keeps_unknown_keys():
-    data = json.loads(json.dumps({**INTERFACE.to_dict(), "state": [1, {"b": 2}]}))
+    data = json.loads(json.dumps({**INTERFACE.to_dict(), "later": [1, {"b": 2}]}))
     again = Interface.from_dict(data)
-    assert again.extra == {"state": [1, {"b": 2}]}
+    assert again.extra == {"later": [1, {"b": 2}]}
     assert again.to_dict() == data
     assert again.digest != INTERFACE.digest
     assert Interface.from_dict(INTERFACE.to_dict()) == INTERFACE

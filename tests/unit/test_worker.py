@@ -156,9 +156,47 @@ def test_a_full_queue_refuses_at_once(make, session, queue_size):
     assert 9.0 not in session.seen
 
 
-def test_a_negative_queue_is_refused():
+def test_a_negative_queue_or_another_word_for_drop_is_refused():
     with pytest.raises(ConfigError, match="queue_size"):
         Worker(None, queue_size=-1)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="drop is 'all', expected 'newest' or 'oldest'"):
+        Worker(None, drop="all")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("queue_size", [1, 3])
+def test_with_drop_oldest_the_newest_wait_and_the_oldest_is_told(make, session, queue_size):
+    worker = make(queue_size=queue_size, drop="oldest")
+    first = occupy(worker, session)
+    waiting = [worker.submit(x(value), NEVER) for value in range(10, 20)]
+    assert worker.depth == queue_size + 1
+    for dropped in waiting[:-queue_size]:
+        assert dropped.done()
+        with pytest.raises(QueueFull, match="newer"):
+            dropped.result()
+    session.let.release(queue_size + 1)
+    assert result(first) == 2.0
+    assert [result(kept) for kept in waiting[-queue_size:]] == [2.0 * v for v in range(20 - queue_size, 20)]
+    assert worker.depth == 0
+
+
+def test_drop_oldest_never_drops_the_call_that_runs(make, session):
+    worker = make(queue_size=0, drop="oldest")
+    running = occupy(worker, session)
+    with pytest.raises(QueueFull, match="1 requests wait or run"):
+        worker.submit(x(5), NEVER)
+    session.let.release()
+    assert result(running) == 2.0
+
+
+def test_a_dropped_request_that_was_cancelled_frees_its_place(make, session):
+    worker = make(queue_size=1, drop="oldest")
+    occupy(worker, session)
+    cancelled = worker.submit(x(5), NEVER)
+    assert cancelled.cancel()
+    kept = worker.submit(x(6), NEVER)
+    session.let.release(2)
+    assert result(kept) == 12.0
+    assert worker.depth == 0
 
 
 def test_work_whose_deadline_passed_in_the_queue_is_not_run(make, session, clock):
@@ -242,13 +280,38 @@ def test_a_late_call_is_not_sick_a_stuck_one_is(make, session, clock):
     assert not worker.sick
     clock.now_s += 0.6
     assert worker.sick
+    assert not stuck.done()
     with pytest.raises(QueueFull, match="stuck"):
         worker.submit(x(1), NEVER)
-    session.let.release()
-    assert result(stuck) == 2.0
-    assert not worker.sick
-    session.let.release()
+    with pytest.raises(DeadlineExceeded, match="abandoned"):
+        stuck.result(0)
+    session.let.release(2)  # it comes back after all: its answer is nobody's any more
+    while worker.sick:
+        pass
     assert result(worker.submit(x(4), NEVER)) == 8.0
+    assert session.seen == [1.0, 1.0, 4.0]
+
+
+def test_what_waits_behind_a_stuck_call_ends_when_that_is_seen(make, session, clock):
+    worker = make()
+    occupy(worker, session, deadline=Deadline.after_ms(50.0, clock=clock))
+    waiting = [worker.submit(x(i), NEVER) for i in range(3)]
+    clock.now_s += 60.0
+    with pytest.raises(QueueFull, match="stuck"):
+        worker.submit(x(1), NEVER)
+    assert worker.depth == 1
+    for future in waiting:
+        with pytest.raises(QueueFull, match="stuck"):
+            future.result(0)
+
+
+def test_a_call_that_outlives_close_is_sick(make, session, monkeypatch):
+    monkeypatch.setattr(worker_module, "CLOSE_TIMEOUT_S", 0.01)
+    worker = make()
+    occupy(worker, session)
+    assert not worker.sick
+    worker.close()
+    assert worker.sick
 
 
 def test_a_call_without_a_deadline_is_never_sick(make, session, clock):
@@ -322,8 +385,9 @@ def test_an_answered_requests_arrays_are_let_go(make):
     assert gone() is None
 
 
-def test_many_threads_lose_and_mix_nothing(make, session):
-    worker = make(queue_size=4)
+@pytest.mark.parametrize("drop", ["newest", "oldest"])
+def test_many_threads_lose_and_mix_nothing(make, session, drop):
+    worker = make(queue_size=4, drop=drop)
     answers, refused, lock = {}, [], threading.Lock()
 
     def client(start):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,10 @@ from typing import Protocol
 
 from outrider_runtimes.errors import NoEngine
 from outrider_runtimes.tensors import Array, Shape
+
+log = logging.getLogger(__name__)
+
+ENTRY_POINTS = "outrider.engines"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +98,19 @@ class Engine(Protocol):
         """The version of the library behind it. Raises MissingExtra."""
         ...
 
-    def prepare(self, path: Path, *, threads: int) -> Session:
+    @property
+    def builds(self) -> bool:
+        """Whether ``prepare`` compiles the file for this device, which takes minutes the first time."""
+        ...
+
+    def prepare(self, path: Path, *, threads: int, cache: Path | None = None) -> Session:
         """Load a model file, by path: an engine may map it.
+
+        Args:
+            path: the file.
+            threads: how many it may use.
+            cache: a folder of this file's own, which may not be there yet, for what an engine builds from it; it is
+                kept as long as the file is installed. None: nothing is kept.
 
         Raises:
             ModelLoadError: the engine refused the file.
@@ -103,8 +119,35 @@ class Engine(Protocol):
         ...
 
 
-def find_engines() -> tuple[Engine, ...]:
-    """Every engine that Outrider knows, best first for each format, usable here or not. Imports no engine library."""
+def find_engines(root: Path = Path("/")) -> tuple[Engine, ...]:
+    """Every engine that there is for this machine, best first for each format, usable here or not.
+
+    Those that Outrider has, and those of installed distributions with an entry point in the group ``outrider.engines``
+    that names a class or function without arguments which gives an Engine. No engine's library is imported. Those for
+    NVIDIA's GPUs are among them only where ``root`` has such a device.
+    """
+    from outrider_runtimes.engines.onnxruntime import ACCELERATED, has_nvidia_gpu
+
+    return (*(ACCELERATED if has_nvidia_gpu(root) else ()), *_own(), *_strangers())
+
+
+def engine_named(name: str) -> Engine:
+    """The engine of that name, usable here or not. Raises NoEngine for a name that no engine has."""
+    from outrider_runtimes.engines.onnxruntime import ACCELERATED
+
+    own = (*_own(), *ACCELERATED)
+    for engine in own:
+        if engine.name == name:
+            return engine
+    strangers = _strangers()  # looked for last: it reads the metadata of all that is installed
+    for engine in strangers:
+        if engine.name == name:
+            return engine
+    names = ", ".join(engine.name for engine in (*own, *strangers))
+    raise NoEngine(f"there is no engine {name!r}", hint=f"the engines are {names}")
+
+
+def _own() -> tuple[Engine, ...]:
     from outrider_runtimes.engines.litert import LiteRtEngine
     from outrider_runtimes.engines.onnxruntime import OnnxRuntimeEngine
     from outrider_runtimes.engines.tflite_runtime import TfliteRuntimeEngine
@@ -112,13 +155,16 @@ def find_engines() -> tuple[Engine, ...]:
     return (OnnxRuntimeEngine(), LiteRtEngine(), TfliteRuntimeEngine())
 
 
-def engine_named(name: str) -> Engine:
-    """The engine of that name, usable here or not. Raises NoEngine for a name that no engine has."""
-    engines = find_engines()
-    for engine in engines:
-        if engine.name == name:
-            return engine
-    raise NoEngine(f"there is no engine {name!r}", hint=f"the engines are {', '.join(e.name for e in engines)}")
+def _strangers() -> tuple[Engine, ...]:
+    from importlib import metadata
+
+    found: list[Engine] = []
+    for entry in sorted(metadata.entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
+        try:
+            found.append(entry.load()())
+        except Exception as error:  # one that is broken takes no other down with it
+            log.warning("the engine %r of %s cannot be loaded: %r", entry.name, entry.value, error)
+    return tuple(found)
 
 
 def engines_for(format: str) -> tuple[Engine, ...]:

@@ -1,8 +1,14 @@
-"""ONNX files by ONNX Runtime (`onnxruntime`), on the CPU."""
+"""ONNX files by ONNX Runtime (`onnxruntime`): on the CPU, and on NVIDIA's GPUs by CUDA or TensorRT.
+
+Each way is an engine of its own, so that which one serves is measured and not assumed. A way runs what it cannot do on
+the next of its providers, and never runs at all without its first one: ONNX Runtime by itself would silently go on on
+the CPU. Where a way cannot be used, its ``check`` or ``prepare`` says why, and another engine serves.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +18,8 @@ from outrider_runtimes.engines._protobuf import refuse_external_data
 from outrider_runtimes.errors import InferenceError, ModelLoadError
 from outrider_runtimes.tensors import Array
 
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+GPU_WHEEL = "install NVIDIA's onnxruntime-gpu wheel for this JetPack in the place of onnxruntime"
 LIBRARY = Library(package="onnxruntime", module="onnxruntime", distribution="onnxruntime", extra="onnx")
 
 DTYPE_OF_TYPE = {
@@ -31,26 +39,42 @@ DTYPE_OF_TYPE = {
 _FATAL = 4  # errors come as exceptions; ONNX Runtime would print them as well
 
 
+@dataclass(frozen=True, kw_only=True)
 class OnnxRuntimeEngine:
-    """Runs ``.onnx`` files. Dimensions that the file leaves open may differ from call to call."""
+    """Runs ``.onnx`` files. Dimensions that the file leaves open may differ from call to call.
 
-    name = "onnxruntime"
+    ``providers``: ONNX Runtime's execution providers, in the order in which they are asked.
+    """
+
+    name: str = "onnxruntime"
+    providers: tuple[str, ...] = (CPU,)
     formats: Sequence[str] = ("onnx",)
 
+    @property
+    def builds(self) -> bool:
+        """TensorRT compiles the model for the GPU."""
+        return TENSORRT in self.providers
+
     def check(self) -> str | None:
-        """None when onnxruntime imports here; else the reason and the way out."""
-        return LIBRARY.check()
+        """None when onnxruntime imports here and has the first provider; else the reason and the way out."""
+        reason = LIBRARY.check()
+        if reason is not None or self.providers == (CPU,):
+            return reason
+        has = LIBRARY.load().get_available_providers()
+        if self.providers[0] in has:
+            return None
+        return f"{self.providers[0]} is not among this onnxruntime's providers ({', '.join(has)}); {GPU_WHEEL}"
 
     def version(self) -> str:
         """The version of onnxruntime. Raises MissingExtra."""
         return LIBRARY.version()
 
-    def prepare(self, path: Path, *, threads: int) -> OnnxSession:
+    def prepare(self, path: Path, *, threads: int, cache: Path | None = None) -> OnnxSession:
         """Load an ONNX file that holds all of its tensors itself.
 
         Raises:
-            ModelLoadError: unreadable, cut short, refused by ONNX Runtime, with external data, or with inputs or
-                outputs that are not tensors of a numpy dtype.
+            ModelLoadError: unreadable, cut short, refused by ONNX Runtime or by the first provider, with external data,
+                or with inputs or outputs that are not tensors of a numpy dtype.
             MissingExtra: onnxruntime is not installed.
         """
         library = LIBRARY.load()
@@ -59,12 +83,49 @@ class OnnxRuntimeEngine:
         except OSError as error:
             raise ModelLoadError(f"{path.name}: cannot be read: {error.strerror or error}") from error
         refuse_external_data(data, where=path.name)
+        options = [provider_options(provider, cache) for provider in self.providers]
+        if self.builds and cache is not None:
+            cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             # From bytes, not by path: without a folder ONNX Runtime has nothing to resolve a reference against.
-            session = library.InferenceSession(data, _options(library, threads), providers=["CPUExecutionProvider"])
+            session = library.InferenceSession(
+                data, _options(library, threads), list(self.providers), options, enable_fallback=0
+            )
         except Exception as error:
             raise ModelLoadError(f"{path.name}: ONNX Runtime refused it: {one_line(error)}") from error
+        _require_first(self.providers, session.get_providers(), where=path.name)
         return OnnxSession(session, where=path.name)
+
+
+ACCELERATED = (
+    OnnxRuntimeEngine(name="onnxruntime-tensorrt", providers=(TENSORRT, CUDA, CPU)),
+    OnnxRuntimeEngine(name="onnxruntime-cuda", providers=(CUDA, CPU)),
+)
+
+
+def has_nvidia_gpu(root: Path) -> bool:
+    """Whether there is the device node of an NVIDIA GPU: of a card, or of a Jetson's own."""
+    return any((root / "dev" / node).exists() for node in ("nvidia0", "nvidiactl", "nvhost-gpu", "nvgpu"))
+
+
+def provider_options(provider: str, cache: Path | None) -> dict[str, str]:
+    """What a provider is told. TensorRT keeps what it built and how fast the choices were that it tried."""
+    if provider != TENSORRT or cache is None:
+        return {}
+    return {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(cache),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(cache),
+    }
+
+
+def _require_first(asked: Sequence[str], used: Sequence[str], *, where: str) -> None:
+    if asked[0] not in used:
+        raise ModelLoadError(
+            f"{where}: {asked[0]} was asked for, ONNX Runtime fell back to {', '.join(used)}",
+            hint="its libraries (CUDA, cuDNN, TensorRT) are missing, or of another version than this onnxruntime wants",
+        )
 
 
 def _options(library: Any, threads: int) -> Any:
@@ -91,6 +152,7 @@ class OnnxSession:
         self.input_names = tuple(tensor.name for tensor in self.inputs)
         self.output_names = tuple(tensor.name for tensor in self.outputs)
         self._names_out = list(self.output_names)
+        self._single = self.input_names[0] if len(self.input_names) == 1 else None
         self._session: Any = session
         # The native session under the Python one: the checks between them cost as much as a small model.
         self._run: Any = getattr(session, "_sess", session).run
@@ -100,6 +162,8 @@ class OnnxSession:
         if self._session is None:
             raise InferenceError("the session was closed")
         try:
+            if self._single is not None and len(inputs) == 1:
+                return self._run(self._names_out, {self._single: inputs[0]}, None)  # type: ignore[no-any-return]
             return self._run(self._names_out, dict(zip(self.input_names, inputs, strict=True)), None)  # type: ignore[no-any-return]
         except Exception as error:
             raise InferenceError(f"ONNX Runtime failed: {one_line(error)}") from error

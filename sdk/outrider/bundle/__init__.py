@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from outrider.bundle.manifest import (
     Golden,
     GoldenTensor,
@@ -10,7 +13,7 @@ from outrider.bundle.manifest import (
     Variant,
     parse_manifest,
 )
-from outrider.bundle.reader import Bundle, GoldenArrays, VerifiedBundle, load_golden, open_bundle, verify_bundle
+from outrider.bundle.offload import OffloadRule
 from outrider.bundle.sign import (
     Signature,
     Trust,
@@ -23,7 +26,10 @@ from outrider.bundle.sign import (
     public_bytes,
     save_keypair,
 )
-from outrider.bundle.writer import sign_bundle, thin_bundle, write_bundle
+
+if TYPE_CHECKING:
+    from outrider.bundle.reader import Bundle, GoldenArrays, VerifiedBundle, load_golden, open_bundle, verify_bundle
+    from outrider.bundle.writer import set_tolerance, sign_bundle, thin_bundle, write_bundle
 
 __all__ = [
     "Bundle",
@@ -32,6 +38,7 @@ __all__ = [
     "GoldenTensor",
     "Manifest",
     "Member",
+    "OffloadRule",
     "Signature",
     "Trust",
     "Variant",
@@ -47,8 +54,24 @@ __all__ = [
     "parse_manifest",
     "public_bytes",
     "save_keypair",
+    "set_tolerance",
     "sign_bundle",
     "thin_bundle",
     "verify_bundle",
     "write_bundle",
 ]
+
+# What only an install, an export or the command line needs: what loads an installed bundle starts without it.
+_LATER = {
+    "reader": ("Bundle", "GoldenArrays", "VerifiedBundle", "load_golden", "open_bundle", "verify_bundle"),
+    "writer": ("set_tolerance", "sign_bundle", "thin_bundle", "write_bundle"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _LATER.items():
+        if name in names:
+            value = getattr(import_module(f"outrider.bundle.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'outrider.bundle' has no attribute {name!r}")

@@ -13,14 +13,16 @@ from typing import Any, TypeVar
 import numpy as np
 
 from outrider.bundle import format as layout_rules
+from outrider.bundle.offload import OffloadRule, parse_offload
 from outrider_runtimes import strictjson
 from outrider_runtimes.errors import BundleError, FormatError, OutriderError, UnsupportedBundle
 from outrider_runtimes.golden import DecisionCheck
 from outrider_runtimes.tensors import DTYPES, Binding, Interface, TensorSpec
 
 MANIFEST_FORMAT = 1
-# Names that a bundle may list under ``requires``. None yet: this version's readers know all there is.
-KNOWN_REQUIRES: frozenset[str] = frozenset()
+STEPS = "steps"
+SIGNATURES = "signatures"
+KNOWN_REQUIRES: frozenset[str] = frozenset([STEPS, SIGNATURES])  # names that a bundle may list under ``requires``
 FORMATS = ("onnx", "tflite")
 MAX_VARIANTS = 64
 MAX_GOLDEN_ROWS = 65_536
@@ -111,7 +113,8 @@ class Golden:
     Attributes:
         rows: N of every batched tensor here.
         inputs: by interface input.
-        reference: by interface output; the answers of the model that the variants were made from.
+        reference: by output of the network, before any postprocessing; the answers of the model that the variants were
+            made from.
         variants: by variant, by output; each variant's own answers on the machine that made it.
         tolerance: by variant, by output; the largest absolute difference to the variant's own answers.
         decision: what must agree with the reference.
@@ -158,6 +161,7 @@ class Manifest:
     members: tuple[Member, ...]
     provenance: Mapping[str, Any]
     raw: bytes = field(repr=False)
+    offload: OffloadRule | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -191,8 +195,8 @@ def parse_manifest(raw: bytes) -> Manifest:
     """
     data = parse_json(raw, "manifest", max_bytes=layout_rules.MAX_MANIFEST_SIZE_BYTES)
     requires = _parse_requires(data)
-    interface = _parse_interface(data)
-    variants = _parse_variants(data, interface)
+    interface = _parse_interface(data, requires)
+    variants = _parse_variants(data, interface, requires)
     members = _parse_members(data)
     golden = _parse_golden(_mapping(data, "golden"), interface, variants)
     _check_references(variants, golden, members)
@@ -205,6 +209,7 @@ def parse_manifest(raw: bytes) -> Manifest:
         golden=golden,
         members=members,
         provenance=_mapping(data, "provenance") if "provenance" in data else {},
+        offload=_parse_offload(data, interface, variants) if "offload" in data else None,
         raw=raw,
     )
 
@@ -241,20 +246,30 @@ def _parse_requires(data: Json) -> tuple[str, ...]:
     return tuple(requires)
 
 
-def _parse_interface(data: Json) -> Interface:
+def _parse_interface(data: Json, requires: Sequence[str]) -> Interface:
     entry = _mapping(data, "interface")
     interface = _wrapped("interface", lambda: Interface.from_dict(entry))
-    for spec in (*interface.inputs, *interface.outputs):
+    if (interface.processing is not None) != (STEPS in requires):
+        raise FormatError(f"manifest: an interface has steps if and only if {STEPS!r} stands under requires")
+    for spec in (*interface.inputs, *interface.outputs, *interface.network.inputs, *interface.network.outputs):
         if spec.batched and spec.shape[0] is not None:
             raise FormatError(f"manifest: interface: {spec.name[:64]!r} fixes N to {spec.shape[0]}; it must be null")
     return interface
 
 
-def _parse_variants(data: Json, interface: Interface) -> tuple[Variant, ...]:
+def _parse_variants(data: Json, interface: Interface, requires: Sequence[str]) -> tuple[Variant, ...]:
     items = _list(data, "variants", least=1, most=MAX_VARIANTS)
     variants = tuple(_parse_variant(item, f"variants[{i}]", interface) for i, item in enumerate(items))
     _distinct([variant.name for variant in variants], "variant name")
+    if any(variant.binding.signatures for variant in variants) != (SIGNATURES in requires):
+        raise FormatError(f"manifest: a binding has signatures if and only if {SIGNATURES!r} stands under requires")
     return variants
+
+
+def required_names(interface: Interface, variants: Sequence[Variant]) -> list[str]:
+    """What stands under ``requires``: the names of what an old reader must not ignore."""
+    signatures = any(variant.binding.signatures for variant in variants)
+    return [name for name, used in ((SIGNATURES, signatures), (STEPS, interface.processing is not None)) if used]
 
 
 def _parse_variant(item: Any, at: str, interface: Interface) -> Variant:
@@ -270,9 +285,14 @@ def _parse_variant(item: Any, at: str, interface: Interface) -> Variant:
         format=kind,
         precision=_match(entry, "precision", NAME, at),
         member=_string(entry, "member", at),
-        binding=_wrapped(at, lambda: Binding.from_dict(_mapping(entry, "binding", at), interface)),
+        binding=_wrapped(at, lambda: Binding.from_dict(_mapping(entry, "binding", at), interface.network)),
         measured=_mapping(entry, "measured", at) if "measured" in entry else {},
     )
+
+
+def _parse_offload(data: Json, interface: Interface, variants: Sequence[Variant]) -> OffloadRule:
+    entry = _mapping(data, "offload")
+    return _wrapped("offload", lambda: parse_offload(entry, interface, [variant.name for variant in variants]))
 
 
 def _parse_members(data: Json) -> tuple[Member, ...]:
@@ -311,7 +331,8 @@ def check_path(path: str) -> str:
 def _parse_golden(data: Json, interface: Interface, variants: tuple[Variant, ...]) -> Golden:
     rows = _integer(data, "rows", 1, MAX_GOLDEN_ROWS, "golden")
     names = [variant.name for variant in variants]
-    outputs = [spec.name for spec in interface.outputs]
+    given = interface.judged.outputs
+    outputs = [spec.name for spec in given]
 
     def tensors(owner: Json, key: str, specs: Sequence[TensorSpec], at: str) -> dict[str, GoldenTensor]:
         entries = _keyed(owner, key, [spec.name for spec in specs], at)
@@ -322,10 +343,10 @@ def _parse_golden(data: Json, interface: Interface, variants: tuple[Variant, ...
     return Golden(
         rows=rows,
         inputs=tensors(data, "inputs", interface.inputs, "golden"),
-        reference=tensors(data, "reference", interface.outputs, "golden"),
-        variants={name: tensors(answers, name, interface.outputs, "golden.variants") for name in names},
+        reference=tensors(data, "reference", given, "golden"),
+        variants={name: tensors(answers, name, given, "golden.variants") for name in names},
         tolerance={name: _parse_bounds(bounds, name, outputs) for name in names},
-        decision=_parse_decision(_mapping(data, "decision", "golden"), interface),
+        decision=_parse_decision(_mapping(data, "decision", "golden"), interface.judged),
     )
 
 
@@ -390,6 +411,8 @@ def _wrapped(at: str, make: Callable[[], T]) -> T:
     """What other rooms parse, with every way in which odd JSON can break them turned into one error."""
     try:
         return make()
+    except UnsupportedBundle as error:
+        raise UnsupportedBundle(f"manifest: {at}: {error}", hint=error.hint) from None
     except FormatError as error:
         raise FormatError(f"manifest: {at}: {error}", hint=error.hint) from None
     except (OutriderError, KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:

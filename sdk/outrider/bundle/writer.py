@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from outrider.bundle.files import atomic_file
 from outrider.bundle.format import ABSENT, MAX_SIGNATURES, PRESENT, SIGNATURE_SIZE_BYTES, Header, layout, pack_header
-from outrider.bundle.manifest import MANIFEST_FORMAT, Golden, Manifest, Member, Variant, check_path, parse_manifest
+from outrider.bundle.manifest import (
+    MANIFEST_FORMAT,
+    Golden,
+    Manifest,
+    Member,
+    Variant,
+    check_path,
+    parse_manifest,
+    required_names,
+)
+from outrider.bundle.offload import OffloadRule
 from outrider.bundle.reader import CHUNK_SIZE_BYTES, open_bundle
 from outrider.bundle.sign import Signature, check_records, public_bytes, sign_manifest
 from outrider_runtimes.errors import BundleError, FormatError, IntegrityError
@@ -46,6 +56,7 @@ def write_bundle(
     members: Mapping[str, bytes | Path],
     provenance: Mapping[str, Any],
     signing_keys: Sequence[Ed25519PrivateKey] = (),
+    offload: OffloadRule | None = None,
 ) -> str:
     """Write a bundle. Equal arguments give equal bytes.
 
@@ -54,6 +65,7 @@ def write_bundle(
         members: by member path, the bytes or the file that holds them; exactly those that variants and golden name.
         provenance: free JSON: where this comes from.
         signing_keys: each signs, in this order.
+        offload: which answers are uncertain.
 
     Returns:
         The digest: sha256 of the manifest in hex.
@@ -65,7 +77,7 @@ def write_bundle(
     raw = _encode(
         {
             "format": MANIFEST_FORMAT,
-            "requires": [],
+            "requires": required_names(interface, variants),
             "name": name,
             "version": version,
             "interface": interface.to_dict(),
@@ -73,6 +85,7 @@ def write_bundle(
             "golden": golden.to_dict(),
             "members": [_describe(key, members[key]).to_dict() for key in sorted(members)],
             "provenance": dict(provenance),
+            **({} if offload is None else {"offload": offload.to_dict()}),
         }
     )
     manifest = parse_manifest(raw)
@@ -133,6 +146,43 @@ def thin_bundle(path: str | Path, output: str | Path, *, variants: Sequence[str]
         )
         _write(Path(output), plan, bundle.copy_to)
         return bundle.manifest.digest
+
+
+def set_tolerance(
+    path: str | Path,
+    output: str | Path,
+    *,
+    tolerance: Mapping[str, Mapping[str, float]],
+    signing_keys: Sequence[Ed25519PrivateKey] = (),
+) -> str:
+    """Write a bundle whose golden allows other differences; all else that its manifest says stays, unknown keys too.
+
+    The manifest's bytes are others, so that no signature of ``path`` holds for it, and none is copied.
+
+    Args:
+        tolerance: by variant, by output, the bounds that replace those there are.
+        signing_keys: each signs the new bundle, in this order.
+
+    Returns:
+        The new bundle's digest.
+
+    Raises:
+        BundleError: there is no such variant or output, a bound is no finite number of 0 or more, or ``path`` or
+            ``output`` cannot be used; nothing was written.
+    """
+    with open_bundle(path) as bundle:
+        data = json.loads(bundle.manifest.raw)
+        bounds = data["golden"]["tolerance"]
+        for variant, changed in tolerance.items():
+            bundle.manifest.variant(variant)
+            bounds[variant].update(changed)  # the parser says what does not belong there
+        manifest = parse_manifest(_encode(data))
+        sha256 = hashlib.sha256(manifest.raw).digest()
+        records = b"".join(sign_manifest(sha256, key) for key in signing_keys)
+        check_records(records, sha256)
+        plan = _Plan(manifest=manifest, present=bundle.present, records=records)
+        _write(Path(output), plan, bundle.copy_to)
+    return manifest.digest
 
 
 def _write(path: Path, plan: _Plan, copy: Copy, *, mode: int = 0o666) -> None:

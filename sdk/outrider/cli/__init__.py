@@ -17,12 +17,13 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
-from outrider.cli import board, bundles, infer, serve
+from outrider.cli import board, bundles, doctor, infer, serve
 from outrider.cli.text import shown
 from outrider_runtimes.errors import OutriderError
 
 Run = Callable[[argparse.Namespace], dict[str, Any]]
 Render = Callable[[dict[str, Any]], str]
+Failed = Callable[[dict[str, Any]], bool]
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130  # argparse itself exits with 2 for wrong usage
 
@@ -33,8 +34,20 @@ class Commands:
     def __init__(self, subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         self._subparsers = subparsers
 
-    def add(self, name: str, *, run: Run, render: Render, summary: str, example: str) -> argparse.ArgumentParser:
-        """Add one command and return its parser, which has ``--json`` and ``--debug`` already."""
+    def add(
+        self,
+        name: str,
+        *,
+        run: Run,
+        render: Render,
+        summary: str,
+        example: str,
+        failed: Failed = lambda result: False,
+    ) -> argparse.ArgumentParser:
+        """Add one command and return its parser, which has ``--json`` and ``--debug`` already.
+
+        ``failed`` says of a result that is printed like any other that the command ends with exit code 1.
+        """
         parser = self._subparsers.add_parser(
             name,
             help=summary,
@@ -44,7 +57,7 @@ class Commands:
         )
         parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
         parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
-        parser.set_defaults(run=run, render=render)
+        parser.set_defaults(run=run, render=render, failed=failed)
         return parser
 
 
@@ -58,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"outrider {metadata.version('outrider')}")
     commands = Commands(parser.add_subparsers(metavar="COMMAND", required=True))
-    for register in (bundles.register, board.register, infer.register, serve.register):
+    for register in (bundles.register, board.register, doctor.register, infer.register, serve.register):
         register(commands)
     for entry in sorted(metadata.entry_points(group="outrider.commands"), key=lambda entry: entry.name):
         entry.load()(commands)
@@ -79,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except Exception as error:
         return _report(error, as_json=args.json, debug=args.debug)
-    return DONE
+    return FAILED if args.failed(result) else DONE
 
 
 def _print(text: str) -> None:

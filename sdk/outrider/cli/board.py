@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from outrider.cli.text import aligned, threads_text
 
 if TYPE_CHECKING:
     from outrider.cli import Commands
+
+CELL = ("variant", "engine", "threads")
 
 
 def register(commands: Commands) -> None:
@@ -23,6 +26,7 @@ def register(commands: Commands) -> None:
         example="outrider install digits.outrider --trust keys/release.pub",
     )
     install.add_argument("bundle", type=Path, metavar="BUNDLE")
+    install.add_argument("--latency-ms", type=float, help="refuse it where the median call takes longer than this")
     add_trust(install)
     add_state(install)
 
@@ -39,8 +43,10 @@ def register(commands: Commands) -> None:
 
 def _install(args: argparse.Namespace) -> dict[str, Any]:
     import outrider
+    from outrider.admit import default_limits
 
-    return outrider.install(args.bundle, trust=args.trust, state=args.state).to_dict()
+    limits = dataclasses.replace(default_limits(), latency_ms=args.latency_ms)
+    return outrider.install(args.bundle, trust=args.trust, state=args.state, limits=limits).to_dict()
 
 
 def _rollback(args: argparse.Namespace) -> dict[str, Any]:
@@ -51,15 +57,23 @@ def _rollback(args: argparse.Namespace) -> dict[str, Any]:
 
 def _render_install(result: dict[str, Any]) -> str:
     choice = result["choice"]
+    chosen = [choice[key] for key in CELL]
     measured = [
-        [f"  {row['variant']}", row["engine"], threads_text(row["threads"]), f"{row['p50_ms'] * 1000:.0f} us"]
+        [
+            f"{'*' if [row[key] for key in CELL] == chosen else ' '} {row['variant']}",
+            row["engine"],
+            threads_text(row["threads"]),
+            f"{row['p50_ms'] * 1000:.0f} us",
+            f"{row['runs']} calls",
+        ]
         for row in result["measured"]
     ]
     rows = [
         ["installed", f"{result['name']} version {result['version']}"],
         ["digest", result["digest"]],
         ["verified", "yes" if result["verified"] else "no key is trusted here"],
-        ["serves", f"{choice['variant']} on {choice['engine']}, {threads_text(choice['threads'])}: the fastest here"],
+        ["serves", f"{choice['variant']} on {choice['engine']}, {threads_text(choice['threads'])}"],
+        ["because", choice["reason"] + ("" if result["admitted"] else "; measured at an earlier install")],
     ]
     skipped = [
         ["  " + " on ".join(filter(None, (row["variant"], row["engine"]))), row["reason"]] for row in result["skipped"]

@@ -106,6 +106,7 @@ def _summary(bundle: Bundle | VerifiedBundle) -> dict[str, Any]:
                 "precision": variant.precision,
                 "size_bytes": sizes[variant.member],
                 "present": variant.member in bundle.present,
+                "shapes": [{name: list(shape) for name, shape in item.items()} for item in variant.binding.signatures],
                 "measured": dict(variant.measured),
             }
             for variant in manifest.variants
@@ -123,11 +124,17 @@ def _render_bundle(result: dict[str, Any]) -> str:
         ["digest", result["digest"]],
         ["takes", ", ".join(map(tensor_text, interface["inputs"]))],
         ["gives", ", ".join(map(tensor_text, interface["outputs"]))],
+        *[["state", f"{pair['output']} -> {pair['input']}"] for pair in interface.get("state", ())],
+        *_steps_rows(interface),
         ["signed by", ", ".join(result["signatures"]) or "nobody"],
     ]
     if "verified" in result:
         rows.append(["verified", "yes" if result["verified"] else "every byte; no key is trusted here"])
     rows.append(["golden", f"{result['golden_rows']} rows"])
+    quantization = result["provenance"].get("quantization")
+    verdict = quantization.get("text") if isinstance(quantization, Mapping) else ""
+    if isinstance(verdict, str) and verdict:
+        rows.append(["quantized", verdict])
     variants = [
         [
             f"  {variant['name']}",
@@ -135,11 +142,32 @@ def _render_bundle(result: dict[str, Any]) -> str:
             variant["precision"],
             bytes_text(variant["size_bytes"]),
             _metrics_text(variant["measured"].get("metrics")),
+            f"{len(variant['shapes'])} shapes" if variant["shapes"] else "",
             "" if variant["present"] else "absent",
         ]
         for variant in result["variants"]
     ]
-    return f"{aligned(rows)}\nvariants\n{aligned(variants)}"
+    notes = [[f"  {v['name']}", v["measured"]["note"]] for v in result["variants"] if _has_note(v["measured"])]
+    said = f"\nto be said\n{aligned(notes)}" if notes else ""
+    return f"{aligned(rows)}\nvariants\n{aligned(variants)}{said}"
+
+
+def _steps_rows(interface: Mapping[str, Any]) -> list[list[str]]:
+    """What is done between the caller's tensors and the network's; nothing where they are the same."""
+    if "network" not in interface:
+        return []
+    network = interface["network"]
+
+    def steps(key: str) -> str:
+        return ", ".join(step["step"] for step in interface[key])
+
+    before = [*filter(None, [steps("preprocessing")]), *map(tensor_text, network["inputs"])]
+    after = [*map(tensor_text, network["outputs"]), *filter(None, [steps("postprocessing")])]
+    return [["network", f"{' -> '.join(before)} => {' -> '.join(after)}"]]
+
+
+def _has_note(measured: Mapping[str, Any]) -> bool:
+    return isinstance(measured.get("note"), str) and bool(measured["note"])
 
 
 def _metrics_text(metrics: object) -> str:

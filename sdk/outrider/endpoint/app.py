@@ -136,7 +136,7 @@ class _Endpoint:
         """``/v2/models/M``."""
         name, served = self._named(request)
         parameters = {
-            "interface": served.interface.to_dict(),
+            "interface": served.interface.offered(),
             "interface_digest": served.interface.digest,
             "bundle": served.bundle,
             "variant": served.variant,

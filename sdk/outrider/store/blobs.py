@@ -23,6 +23,7 @@ class Installed:
         verified: whether a key that was trusted then had signed.
         present: paths of the members that the store has.
         choice: what was chosen for this board when it was activated, free JSON.
+        on_trial: whether it still owes good calls; as it was when this was read.
     """
 
     manifest: Manifest
@@ -31,6 +32,7 @@ class Installed:
     present: frozenset[str]
     choice: Mapping[str, Any]
     root: Path = field(repr=False)
+    on_trial: bool = False
 
     @property
     def name(self) -> str:
@@ -52,6 +54,10 @@ class Installed:
             )
         return path
 
+    def build_path(self, member: str) -> Path:
+        """The folder for what an engine builds from a member; it goes when the member goes."""
+        return builds_of(self.root) / self.manifest.member(member).sha256
+
     def read(self, member: str) -> bytes:
         """The bytes of a member, hashed again. Raises StoreError when they are not the ones that were installed."""
         data = read_bounded(self.blob_path(member), self.manifest.member(member).size_bytes)
@@ -63,6 +69,11 @@ class Installed:
 def blob_path_of(root: Path, sha256: str) -> Path:
     """Where a blob lies."""
     return root / "blobs" / "sha256" / sha256
+
+
+def builds_of(root: Path) -> Path:
+    """Where engines keep what they built, in a folder a blob."""
+    return root / "built"
 
 
 def is_whole(path: Path, sha256: str) -> bool:

@@ -71,11 +71,32 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Trial:
+    """That the current bundle is fresh: how many good calls it still owes, and how many processes died in one."""
+
+    left: int
+    strikes: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        """As the record stores it."""
+        return {"left": self.left, "strikes": self.strikes}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Record:
-    """What ``names/<name>.json`` holds."""
+    """What ``names/<name>.json`` holds.
+
+    Attributes:
+        current: what serves.
+        last_good: what served before and can be gone back to.
+        trial: where ``current`` still has to prove itself.
+        failed: digests that did not, the latest last.
+    """
 
     current: Entry
     last_good: Entry | None
+    trial: Trial | None = None
+    failed: tuple[str, ...] = ()
 
     @property
     def blobs(self) -> frozenset[str]:
@@ -85,7 +106,13 @@ class Record:
     def to_json(self) -> bytes:
         """The bytes of the record. Raises StoreError for a choice that is not JSON."""
         last_good = self.last_good.to_dict() if self.last_good else None
-        data = {"format": RECORD_FORMAT, "current": self.current.to_dict(), "last_good": last_good}
+        data = {
+            "format": RECORD_FORMAT,
+            "current": self.current.to_dict(),
+            "last_good": last_good,
+            "trial": self.trial.to_dict() if self.trial else None,
+            "failed": list(self.failed),
+        }
         try:
             return json.dumps(data, indent=1, sort_keys=True, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
@@ -97,10 +124,12 @@ class Record:
         data = parse_json(raw, "record", max_bytes=MAX_RECORD_SIZE_BYTES)
         if data["format"] != RECORD_FORMAT:
             raise StoreError(f"it has format {data['format']}, this Outrider reads {RECORD_FORMAT}")
-        last_good = data["last_good"]
+        last_good, trial = data["last_good"], data.get("trial")
         return cls(
             current=Entry.from_dict(data["current"]),
             last_good=None if last_good is None else Entry.from_dict(last_good),
+            trial=None if trial is None else Trial(left=int(trial["left"]), strikes=int(trial["strikes"])),
+            failed=tuple(_hex(digest) for digest in data.get("failed", ())),
         )
 
 

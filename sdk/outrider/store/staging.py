@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
-import shutil
 from pathlib import Path
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder and what is in it, as far as that goes."""
+    import shutil  # and what it imports: nothing that a load needs
+
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 class Staging:
     """A folder for what is being written, with the list of blobs that must not be swept and a lock on it."""
 
     def __init__(self, parent: Path, blobs: frozenset[str]) -> None:
-        self.folder = parent / secrets.token_hex(8)
+        self.folder = parent / os.urandom(8).hex()
         self.folder.mkdir(mode=0o700)
         self._descriptor = -1
         try:
@@ -36,7 +41,7 @@ class Staging:
             self._remove()
 
     def _remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_tree(self.folder)
         if self.held:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -47,14 +52,14 @@ def held_by(folder: Path) -> list[str]:
     try:
         descriptor = os.open(folder / "held", os.O_RDWR | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder)
         return []
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return (folder / "held").read_text().split()
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder)
         return []
     finally:
         os.close(descriptor)

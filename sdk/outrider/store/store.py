@@ -11,9 +11,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from outrider.bundle import Bundle, Manifest, Trust, open_bundle, parse_manifest
+from outrider.bundle import Manifest, Trust, parse_manifest
 from outrider.bundle.files import atomic_file, sync_directory
 from outrider.bundle.format import MAX_MANIFEST_SIZE_BYTES
 from outrider.bundle.manifest import NAME
@@ -21,14 +21,21 @@ from outrider.store.blobs import (
     REINSTALL,
     Installed,
     blob_path_of,
+    builds_of,
     is_whole,
     read_bounded,
     size_of,
 )
-from outrider.store.records import MAX_RECORD_SIZE_BYTES, Entry, Record
-from outrider.store.staging import Staging, held_by
+from outrider.store.marks import Mark, died_inside
+from outrider.store.records import MAX_RECORD_SIZE_BYTES, Entry, Record, Trial
+from outrider.store.staging import Staging, held_by, remove_tree
 from outrider.store.state import system_errors
 from outrider_runtimes.errors import NotInstalled, OutriderError, StoreError
+
+if TYPE_CHECKING:
+    from outrider.bundle import Bundle
+
+MAX_FAILED = 8  # digests that are remembered
 
 
 class Staged:
@@ -71,6 +78,7 @@ class Store:
         self._blobs = root / "blobs" / "sha256"
         self._names = root / "names"
         self._tmp = root / "tmp"
+        self._marks = root / "marks"
 
     def add(self, path: str | Path, trust: Trust) -> Staged:
         """Verify a bundle while its members are copied into the store. Nothing that is installed changes.
@@ -84,6 +92,8 @@ class Store:
             BundleError: the file is not a sound bundle that is trusted.
             StoreError: it is older than what is installed, or cannot be written; nothing is left behind.
         """
+        from outrider.bundle import open_bundle
+
         with open_bundle(path, trust) as bundle, system_errors(self.root):
             _refuse_downgrade(bundle.manifest, self._record(bundle.manifest.name))
             self._prepare()
@@ -95,13 +105,15 @@ class Store:
                 raise
             return staged
 
-    def activate(self, staged: Staged, choice: Mapping[str, Any]) -> Installed:
+    def activate(self, staged: Staged, choice: Mapping[str, Any], *, trial_calls: int = 0) -> Installed:
         """Make a staged bundle the current one of its name, by one rename; what was current becomes the last good.
 
-        Activating what is current already keeps the last good. Blobs that nothing uses any more are removed.
+        Activating what is current already keeps the last good, and so does replacing one that is still on trial.
+        Blobs that nothing uses any more are removed.
 
         Args:
             choice: what was chosen for this board; JSON.
+            trial_calls: how many good calls a bundle that replaces another one owes until it has proven itself.
 
         Raises:
             StoreError: it is older than what is installed, was closed, or cannot be recorded; nothing changed.
@@ -112,7 +124,7 @@ class Store:
                 raise StoreError(f"{manifest.name!r} was closed before it was activated", hint="add the bundle again")
             old = self._record(manifest.name)
             _refuse_downgrade(manifest, old)
-            record = self._next(staged.bundle, old, choice)
+            record = self._next(staged.bundle, old, choice, trial_calls)
             self._write(manifest.name, record)
             staged._staging.release()
             self._sweep()
@@ -126,10 +138,15 @@ class Store:
             StoreError: the store was damaged; names what is missing.
         """
         with system_errors(self.root):
-            return self._load(name, self._known(name).current)
+            record = self._known(name)
+            return replace(self._load(name, record.current), on_trial=record.trial is not None)
 
-    def rollback(self, name: str) -> Installed:
+    def rollback(self, name: str, *, failed: str = "") -> Installed:
         """Go back to what was current before, once; its members are hashed again first.
+
+        Args:
+            name: the bundle's.
+            failed: the digest of what did not prove itself; where it is not current any more, nothing happens.
 
         Raises:
             NotInstalled: there is nothing to go back to.
@@ -139,6 +156,8 @@ class Store:
             self._known(name)
         with system_errors(self.root), self._locked():
             record = self._known(name)
+            if failed and record.current.digest != failed:
+                return self._load(name, record.current)
             if record.last_good is None:
                 raise NotInstalled(
                     f"{name!r} has no earlier bundle to go back to", hint="install the bundle that you want instead"
@@ -150,9 +169,59 @@ class Store:
                         f"member {path!r} of the earlier {name!r} was damaged in the store; nothing changed",
                         hint="install a bundle that works instead",
                     )
-            self._write(name, Record(current=record.last_good, last_good=None))
+            failures = (*record.failed, failed)[-MAX_FAILED:] if failed else record.failed
+            self._write(name, Record(current=record.last_good, last_good=None, failed=failures))
             self._sweep()
             return installed
+
+    def rechoose(self, name: str, digest: str, choice: Mapping[str, Any]) -> None:
+        """Keep another choice for a bundle; nothing happens where it is not the current one of its name any more."""
+        with system_errors(self.root), self._locked():
+            record = self._known(name)
+            if record.current.digest == digest:
+                self._write(name, replace(record, current=replace(record.current, choice=dict(choice))))
+
+    def last_good(self, name: str) -> Installed | None:
+        """What ``rollback`` would go back to. Raises as ``installed``."""
+        with system_errors(self.root):
+            record = self._known(name)
+            return None if record.last_good is None else self._load(name, record.last_good)
+
+    def has_failed(self, name: str, digest: str) -> bool:
+        """Whether that bundle was rolled back because it did not prove itself."""
+        with system_errors(self.root):
+            record = self._record(name)
+            return record is not None and digest in record.failed
+
+    def trial(self, name: str, digest: str) -> Trial | None:
+        """The trial that a bundle is on. Processes that died in a call of it since the last look count as strikes."""
+        with system_errors(self.root):
+            record = self._known(name)
+            if record.trial is None or record.current.digest != digest:
+                return None
+            with self._locked():
+                strikes = died_inside(self._marks, digest)
+                return self._tried(name, digest, strikes=strikes)
+
+    def tried(self, name: str, digest: str, good_calls: int) -> None:
+        """Count good calls of a bundle on trial; when it owes no more, it has proven itself."""
+        with system_errors(self.root), self._locked():
+            self._tried(name, digest, good_calls=good_calls)
+
+    def mark(self, digest: str) -> Mark:
+        """This process's mark on a bundle on trial."""
+        with system_errors(self.root):
+            return Mark(self._marks, digest)
+
+    def _tried(self, name: str, digest: str, *, good_calls: int = 0, strikes: int = 0) -> Trial | None:
+        record = self._known(name)
+        trial = record.trial
+        if trial is None or record.current.digest != digest or not (good_calls or strikes):
+            return trial
+        left = trial.left - good_calls
+        trial = replace(trial, left=left, strikes=trial.strikes + strikes) if left > 0 else None
+        self._write(name, replace(record, trial=trial))
+        return trial
 
     def names(self) -> tuple[str, ...]:
         """Names of all that is installed, sorted."""
@@ -237,14 +306,21 @@ class Store:
                 raise StoreError(f"record {path} was damaged: {error}", hint=REINSTALL) from None
             return None
 
-    def _next(self, bundle: Installed, old: Record | None, choice: Mapping[str, Any]) -> Record:
+    def _next(self, bundle: Installed, old: Record | None, choice: Mapping[str, Any], trial_calls: int) -> Record:
         """The record after an activation. The same bundle again keeps what it had of itself, if that is still whole."""
-        if old is None or old.current.digest != bundle.digest:
-            return Record(current=Entry.of(bundle, choice), last_good=old.current if old else None)
+        if old is None:
+            return Record(current=Entry.of(bundle, choice), last_good=None)
+        if old.current.digest != bundle.digest:
+            return Record(
+                current=Entry.of(bundle, choice),
+                last_good=old.last_good if old.trial and old.last_good else old.current,
+                trial=Trial(left=trial_calls) if trial_calls else None,
+                failed=tuple(digest for digest in old.failed if digest != bundle.digest),
+            )
         missing = {*old.current.present} - bundle.present
         members = [member for member in bundle.manifest.members if member.path in missing]
         more = {m.path for m in members if is_whole(blob_path_of(self.root, m.sha256), m.sha256)}
-        return Record(current=Entry.of(replace(bundle, present=bundle.present | more), choice), last_good=old.last_good)
+        return replace(old, current=Entry.of(replace(bundle, present=bundle.present | more), choice))
 
     def _known(self, name: str) -> Record:
         record = self._record(name, strict=True)
@@ -294,6 +370,9 @@ class Store:
             for blob in self._blobs.iterdir():
                 if blob.name not in keep:
                     blob.unlink()
+            for folder in builds_of(self.root).glob("*"):
+                if folder.name not in keep:
+                    remove_tree(folder)
 
 
 def _refuse_downgrade(manifest: Manifest, record: Record | None) -> None:

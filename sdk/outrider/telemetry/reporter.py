@@ -15,7 +15,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
@@ -39,7 +39,7 @@ Level = Literal["spooled", "broker", "sink"]
 # One transaction holds at most so many records: the disk's write-ahead log stays within a few megabytes.
 _COMMIT_RECORDS: Final = 4096
 _FLUSH_TICK_S: Final = 0.05
-_TIMES: Final = tuple(field.name for field in fields(Timing))
+_TIMES: Final = Timing._fields
 
 # A prediction on its way to the writer: when (monotonic s), source, reason, variant, engine, bundle, verified, timing.
 # Its outputs are not kept: they may be large, and they are the caller's.

@@ -1,0 +1,127 @@
+"""What a bundle's first run on a board showed, as the store keeps it, and the choice that follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from outrider_runtimes.errors import StoreError
+
+TIE = 1.01  # medians of some hundred runs that are closer than this are not told apart
+KEPT = 4  # admissions of one bundle; a board has a service, a shell and little else
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """What serves here, and why.
+
+    ``p50_ms``: the median of one call at install, one row or one of the file's fixed batches.
+    """
+
+    variant: str
+    engine: str
+    threads: int
+    p50_ms: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """One cell of the grid of variant, engine and threads. ``p50_ms`` is the median of ``runs`` calls."""
+
+    variant: str
+    engine: str
+    threads: int
+    p50_ms: float
+    runs: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Skipped:
+    """What was left out, and why. ``variant`` is empty where a whole engine was, ``engine`` where a variant was."""
+
+    variant: str
+    engine: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Admission:
+    """What a bundle's first run on this board showed.
+
+    Attributes:
+        choice: the fastest cell; of those within 1 % of it, the one with the fewest threads.
+        measured: the grid.
+        skipped: engines and pairs that could not be tried.
+        engines: version by name of the engines that were tried.
+        board: what the board was.
+        peak_rss_bytes: the most memory that the child was seen to hold.
+        bound_ms: what the median call may take, where the caller set a bound.
+    """
+
+    choice: Choice
+    measured: tuple[Measured, ...]
+    skipped: tuple[Skipped, ...]
+    engines: Mapping[str, str]
+    board: Mapping[str, Any]
+    peak_rss_bytes: int
+    bound_ms: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the store keeps it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Admission:
+        """The inverse of ``to_dict``. Raises StoreError."""
+        try:
+            return cls(
+                choice=Choice(**data["choice"]),
+                measured=tuple(Measured(**row) for row in data["measured"]),
+                skipped=tuple(Skipped(**row) for row in data["skipped"]),
+                engines=dict(data["engines"]),
+                board=dict(data["board"]),
+                peak_rss_bytes=int(data["peak_rss_bytes"]),
+                bound_ms=data.get("bound_ms"),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(
+                f"what the store kept of an install is malformed: {error!r}", hint="install again"
+            ) from None
+
+
+def remember(admission: Admission, earlier: Sequence[Admission] = ()) -> dict[str, Any]:
+    """What the store keeps of a bundle: this admission, and the latest that were made elsewhere.
+
+    Elsewhere is with other engine versions or on another board: a process in a control group sees another board than
+    one outside, and the two should not undo each other's choice.
+    """
+    here = (admission.engines, admission.board)
+    others = [each for each in earlier if (each.engines, each.board) != here]
+    return {"admissions": [each.to_dict() for each in (admission, *others)][:KEPT]}
+
+
+def remembered(choice: Mapping[str, Any]) -> tuple[Admission, ...]:
+    """The inverse of ``remember``, the latest first. Raises StoreError."""
+    found = choice.get("admissions")
+    if not isinstance(found, list) or not found:
+        raise StoreError("what the store kept of an install is malformed", hint="install again")
+    return tuple(Admission.from_dict(each) for each in found)
+
+
+def choose(measured: Sequence[Measured]) -> Choice:
+    """The fastest; of those that cannot be told from it, the one with the fewest threads.
+
+    Every variant of a bundle passed the export's gates, so that speed alone decides.
+    """
+    best = min(measured, key=lambda row: row.p50_ms)
+    row = min((row for row in measured if row.p50_ms <= best.p50_ms * TIE), key=lambda row: (row.threads, row.p50_ms))
+    reason = f"the fastest of {len(measured)} measured" if len(measured) > 1 else "nothing else runs here"
+    if row is not best:
+        reason = (
+            f"within {TIE - 1:.0%} of the fastest ({best.variant} on {best.engine}, {best.threads} threads, "
+            f"{best.p50_ms:.3f} ms), with fewer threads"
+        )
+    return Choice(variant=row.variant, engine=row.engine, threads=row.threads, p50_ms=row.p50_ms, reason=reason)

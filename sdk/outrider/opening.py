@@ -1,0 +1,154 @@
+"""From an installed bundle to a session that answers: which choice serves, and loading it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from outrider.admission import Admission, Choice, Measured, choose
+from outrider.store import Installed
+from outrider_runtimes.bound import BoundSession
+from outrider_runtimes.engines import Session, engine_named
+from outrider_runtimes.errors import ConfigError, MissingExtra, NoEngine
+from outrider_runtimes.runner import Served
+from outrider_runtimes.tensors import Finite
+
+log = logging.getLogger(__name__)
+
+Isolation = Literal["thread", "process"]
+MAX_THREADS = 1024  # an engine starts each of them at once; far more take minutes and the machine's memory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BundleInfo:
+    """Which bundle a model came from. ``digest`` is the sha256 of its manifest, in hex."""
+
+    name: str
+    version: int
+    digest: str
+    verified: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a caller asked for; None where what was measured decides. As in ``outrider.load``.
+
+    ``stuck`` is asked, while a call runs in a process of its own, whether to kill it.
+    """
+
+    engine: str | None = None
+    variant: str | None = None
+    threads: int | None = None
+    isolation: Isolation = "thread"
+    finite: Finite = "reject"
+    stuck: Callable[[], bool] = lambda: False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A loaded choice of an installed bundle. Whoever holds it closes ``session``.
+
+    ``raw`` is the engine's session under ``session``; ``bound_ms`` the latency bound of its install.
+    """
+
+    session: BoundSession
+    raw: Session
+    served: Served
+    choice: Choice
+    bound_ms: float | None
+    installed: Installed
+
+    @property
+    def info(self) -> BundleInfo:
+        """Which bundle it is."""
+        return BundleInfo(
+            name=self.installed.name,
+            version=self.installed.manifest.version,
+            digest=self.installed.digest,
+            verified=self.served.verified,
+        )
+
+
+def open_choice(installed: Installed, admission: Admission, wanted: Wanted, *, verified: bool) -> Opened:
+    """Load the best choice whose engine is still there.
+
+    Raises:
+        ConfigError, NoEngine, MissingExtra: what ``outrider.load`` says of them.
+        ModelLoadError: the engine refused the file.
+    """
+    gone: list[MissingExtra | NoEngine] = []
+    for choice in candidates(installed, admission, wanted):
+        variant = installed.manifest.variant(choice.variant)
+        try:
+            raw = _prepared(installed, choice, wanted)
+        except (MissingExtra, NoEngine) as error:
+            gone.append(error)
+            log.warning("%s was measured best for %s but is gone: %s", choice.engine, installed.name, error)
+            continue
+        return Opened(
+            session=BoundSession(raw, installed.manifest.interface, variant.binding, finite=wanted.finite),
+            raw=raw,
+            served=Served(variant=choice.variant, engine=choice.engine, bundle=installed.digest, verified=verified),
+            choice=choice,
+            bound_ms=admission.bound_ms,
+            installed=installed,
+        )
+    raise gone[0]
+
+
+def _prepared(installed: Installed, choice: Choice, wanted: Wanted) -> Session:
+    member = installed.manifest.variant(choice.variant).member
+    path, cache = installed.blob_path(member), installed.build_path(member)
+    if wanted.isolation == "process":
+        from outrider_runtimes.isolated import IsolatedSession
+
+        return IsolatedSession(choice.engine, path, threads=choice.threads, cache=cache, stuck=wanted.stuck)
+    return engine_named(choice.engine).prepare(path, threads=choice.threads, cache=cache)
+
+
+def candidates(installed: Installed, admission: Admission, wanted: Wanted) -> list[Choice]:
+    """What may serve, best first: one where the caller named it, all that were measured where nothing was named."""
+    engine, variant, threads = wanted.engine, wanted.variant, wanted.threads
+    if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS):
+        raise ConfigError(f"threads is {threads!r:.40}, expected a whole number from 1 to {MAX_THREADS}")
+    names = [each.name for each in installed.manifest.variants]
+    if variant is not None and variant not in names:
+        raise ConfigError(f"{installed.name!r} has no variant {variant!r}", hint=f"it has {', '.join(names)}")
+    if engine is not None:
+        engine_named(engine)
+    rows = [row for row in admission.measured if engine in (None, row.engine) and variant in (None, row.variant)]
+    if not rows:
+        raise _none_measured(installed, admission, engine, variant)
+    ranked = _ranked([row for row in rows if row.threads == threads] or rows)
+    if threads is not None:
+        return [dataclasses.replace(choice, threads=threads) for choice in ranked]
+    if engine is None and variant is None:
+        return [admission.choice, *(choice for choice in ranked if choice.engine != admission.choice.engine)]
+    return ranked
+
+
+def _ranked(rows: list[Measured]) -> list[Choice]:
+    """The choice among all rows, then the choice among those of other engines, and so on: one an engine."""
+    ranked = []
+    while rows:
+        ranked.append(choose(rows))
+        rows = [row for row in rows if row.engine != ranked[-1].engine]
+    return ranked
+
+
+def _none_measured(installed: Installed, admission: Admission, engine: str | None, variant: str | None) -> NoEngine:
+    wanted = " on ".join(name for name in (variant, engine) if name)
+    pairs = dict.fromkeys(f"{row.variant} on {row.engine}" for row in admission.measured)
+    reasons = [
+        row.reason
+        for row in admission.skipped
+        if row.engine in ("", engine or row.engine) and row.variant in ("", variant or row.variant)
+    ]
+    why = f" ({'; '.join(dict.fromkeys(reasons))})" if reasons else ""
+    return NoEngine(
+        f"{installed.name!r} was not run as {wanted} when it was installed{why}",
+        hint=f"what runs here: {', '.join(pairs)}; after a new engine came in, install the bundle again",
+    )
