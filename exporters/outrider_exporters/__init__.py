@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from outrider_exporters.data import Data
     from outrider_exporters.export import export
     from outrider_exporters.gates import GateResult, MaxDrop, MaxLatency, MaxMetric, MaxParityError, MaxSize, MinMetric
+    from outrider_exporters.offload import Offload
     from outrider_exporters.package import PackageReport, package
     from outrider_exporters.passes import QAT, Distill, Progress, Prune, Quantize, Stage
     from outrider_exporters.recipe import Recipe
@@ -35,6 +36,7 @@ __all__ = [
     "MaxSize",
     "Metric",
     "MinMetric",
+    "Offload",
     "PackageReport",
     "Progress",
     "Prune",
@@ -52,6 +54,7 @@ _HOMES = {
     "data": ("Data",),
     "export": ("export",),
     "gates": ("GateResult", "MaxDrop", "MaxLatency", "MaxMetric", "MaxParityError", "MaxSize", "MinMetric"),
+    "offload": ("Offload",),
     "package": ("PackageReport", "package"),
     "passes": ("QAT", "Distill", "Progress", "Prune", "Quantize", "Stage"),
     "recipe": ("Recipe",),

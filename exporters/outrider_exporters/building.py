@@ -12,8 +12,9 @@ from outrider_exporters.candidates import Plan, plans
 from outrider_exporters.choose import resolved
 from outrider_exporters.gates import Figures
 from outrider_exporters.job import Job
-from outrider_exporters.measure import LATENCY_THREADS, latencies_p50_ms, metrics_of
-from outrider_exporters.packing import Built, sample_rows
+from outrider_exporters.likeness import Recording, likeness
+from outrider_exporters.measure import LATENCY_THREADS, Latency, metrics_of, twin_latencies
+from outrider_exporters.packing import Built, decision_for, sample_rows
 from outrider_exporters.passes.base import Progress, Stage
 from outrider_exporters.report import VariantReport
 from outrider_exporters.rescuing import lost_in_vain, meets, rescued
@@ -24,6 +25,7 @@ from outrider_runtimes.tensors import Tensors
 
 if TYPE_CHECKING:
     from outrider_exporters.convert import ModelFile
+    from outrider_exporters.convert.trained import Trained
 
 MAX_FLOAT_PARITY = 1e-4  # of the output's range; right conversions are a hundred times closer
 PARITY_ROWS = 64
@@ -33,8 +35,8 @@ def build(source: Source, job: Job, folder: Path, baseline: Stage) -> Built:
     """Convert, check and measure every candidate; each was loaded and run by the device's engine before it is kept.
 
     A form that the recipe did not ask for and that cannot be made is left out; ``Built.failed`` says why. A static
-    int8 variant that misses a gate which its float file meets is made again with some layers in float, if that helps;
-    its note says which.
+    int8 variant that misses a gate which its float file meets, and which no other form of it stands in for, is made
+    again with some layers in float, if that helps; its note says which.
 
     Raises:
         ExportError: a file that the recipe asks for cannot be made, or is not the network; or ``evaluate`` failed.
@@ -42,36 +44,55 @@ def build(source: Source, job: Job, folder: Path, baseline: Stage) -> Built:
     made, files, failed = _convert(source, job, folder)
     reference = source.predict()
 
-    def measure(variant: str, file: ModelFile) -> Figures:
-        return _figures(job, variant, file, reference, baseline)
+    answers: dict[str, Recording] = {}  # of the float32 file of each format
 
+    def measure(variant: str, file: ModelFile) -> Figures:
+        return _figures(job, variant, file, reference, baseline, answers=answers)
+
+    shipped = {variant: _lighter(source, file, folder) for variant, file in files.items()}
     figures = {}
-    for done, (variant, file) in enumerate(files.items()):
+    for done, (variant, file) in enumerate(shipped.items()):
         job.context.progress(Progress(step="measure", done=done, total=len(files), message=variant))
         figures[variant] = measure(variant, file)
     notes = {}
     for plan in made:
-        if plan.name in files and lost_in_vain(job, plan, figures, baseline.metrics):
+        if plan.name in files and lost_in_vain(job, plan, made, figures, baseline.metrics):
             plain = source.quantizable(files[f"{plan.format}-float32"], folder)
             found = rescued(
-                job, plan, plain, folder, lambda file: meets(job, measure("in trial", file), baseline.metrics)
+                job,
+                plan,
+                plain,
+                folder,
+                lambda file: meets(job, measure("in trial", file), baseline.metrics),
+                trained=source.trained,
             )
             if found is not None:
                 files[plan.name], notes[plan.name] = found.file, found.text
-                figures[plan.name] = measure(plan.name, found.file)
+                shipped[plan.name] = _lighter(source, found.file, folder)
+                figures[plan.name] = measure(plan.name, shipped[plan.name])
     return Built(
         reference=reference,
-        files=files,
-        variants=_reports(files, figures, _latencies(job, files), notes),
+        files=shipped,
+        named=files,
+        variants=_reports(shipped, figures, _latencies(job, shipped), notes),
         slots={plan.name: plan.slot for plan in made if plan.name in files},
         failed=failed,
     )
 
 
+def _lighter(source: Source, file: ModelFile, folder: Path) -> ModelFile:
+    """The file without names and notes; what the user brought as a file stays as it is."""
+    from outrider_exporters.convert.strip import stripped
+
+    if source.file is not None and file.path == source.file.path:
+        return file
+    return stripped(file, source.interface, source.example, folder / f"{file.path.stem}-light.{file.format}")
+
+
 def _reports(
     files: Mapping[str, ModelFile],
     figures: Mapping[str, Figures],
-    latencies_ms: Mapping[str, float],
+    latencies: Mapping[str, Latency],
     notes: Mapping[str, str],
 ) -> tuple[VariantReport, ...]:
     return tuple(
@@ -82,28 +103,42 @@ def _reports(
             scheme=file.scheme,
             size_bytes=figures[variant].size_bytes,
             metrics=figures[variant].metrics,
-            latency_host_ms_p50=latencies_ms[variant],
+            latency_host_ms_p50=latencies[variant].p50_ms,
+            latency_noise=latencies[variant].noise,
             parity=figures[variant].parity,
+            likeness=figures[variant].likeness,
             note=notes.get(variant, ""),
         )
         for variant, file in files.items()
     )
 
 
-def _figures(job: Job, variant: str, file: ModelFile, reference: Predict, baseline: Stage) -> Figures:
-    """What a file answers, by the engine of devices; neither its latency nor the way that led to it."""
+def _figures(
+    job: Job, variant: str, file: ModelFile, reference: Predict, baseline: Stage, *, answers: dict[str, Recording]
+) -> Figures:
+    """What a file answers, by the engine of devices; neither its latency nor the way that led to it.
+
+    Args:
+        answers: by format, those of the float32 file, which is measured first and is compared with.
+    """
     from outrider_exporters.convert import open_file
 
     with contextlib.closing(open_file(file, job.interface, threads=LATENCY_THREADS)) as session:
         predict = _predictor(session.run)
-        return Figures(
-            variant=variant,
-            parity=_parity(job, variant, file, reference, predict),
-            metrics=metrics_of(
-                job.evaluate, predict, job.data.test, what=f"variant {variant}", expected=baseline.metrics
-            ),
-            size_bytes=file.path.stat().st_size,
+        parity = _parity(job, variant, file, reference, predict)
+        recording = Recording(predict)
+        metrics = metrics_of(
+            job.evaluate, recording, job.data.test, what=f"variant {variant}", expected=baseline.metrics
         )
+    plain = answers.setdefault(file.format, recording)
+    decides = decision_for(job.interface, job.data, 1).output
+    return Figures(
+        variant=variant,
+        parity=parity,
+        metrics=metrics,
+        size_bytes=file.path.stat().st_size,
+        likeness=None if plain is recording else likeness(plain, recording, decides=decides),
+    )
 
 
 def _convert(source: Source, job: Job, folder: Path) -> tuple[tuple[Plan, ...], dict[str, ModelFile], dict[str, str]]:
@@ -120,7 +155,8 @@ def _convert(source: Source, job: Job, folder: Path) -> tuple[tuple[Plan, ...], 
             files[plan.name] = plain[plan.format] = source.to_file(plan.format, path)
             continue
         try:
-            files[plan.name] = _quantize(job, plan, source.quantizable(plain[plan.format], folder), path)
+            float_file = source.quantizable(plain[plan.format], folder)
+            files[plan.name] = _quantize(job, plan, float_file, path, source.trained)
         except ExportError as error:
             if plan.asked:
                 raise
@@ -128,12 +164,13 @@ def _convert(source: Source, job: Job, folder: Path) -> tuple[tuple[Plan, ...], 
     return made, files, failed
 
 
-def _quantize(job: Job, plan: Plan, plain: ModelFile, path: Path) -> ModelFile:
+def _quantize(job: Job, plan: Plan, plain: ModelFile, path: Path, trained: Trained | None) -> ModelFile:
     from outrider_exporters.convert.quantize import quantize_onnx, quantize_tflite
 
-    calibration = [job.context.example if job.data.calibration is None else job.data.calibration]
+    given = job.context.data.calibration
+    calibration = [job.context.example if given is None else given]
     quantize = quantize_onnx if plan.format == "onnx" else quantize_tflite
-    return quantize(plain, calibration, job.interface, path, rule=plan.rule)
+    return quantize(plain, calibration, job.interface, path, rule=plan.rule, trained=trained)
 
 
 def _predictor(run: Callable[[Tensors], Any]) -> Predict:
@@ -142,10 +179,10 @@ def _predictor(run: Callable[[Tensors], Any]) -> Predict:
 
 def _parity(job: Job, variant: str, file: ModelFile, reference: Predict, predict: Predict) -> float:
     """The difference from torch on rows of the data. Raises ExportError for a float file that is not the network."""
-    from outrider_exporters.convert import parity
+    from outrider_exporters.convert.files import parity_at_sizes
 
     rows = sample_rows(job, PARITY_ROWS)
-    error = parity(reference(rows), predict(rows))
+    error = parity_at_sizes(file, job.interface, reference, predict, rows)
     if not math.isfinite(error):
         raise ExportError(f"variant {variant} answers NaN or infinity where the torch network does not")
     if file.precision == "float32" and not error <= MAX_FLOAT_PARITY:
@@ -157,18 +194,20 @@ def _parity(job: Job, variant: str, file: ModelFile, reference: Predict, predict
     return error
 
 
-def _latencies(job: Job, files: Mapping[str, ModelFile]) -> dict[str, float]:
+def _latencies(job: Job, files: Mapping[str, ModelFile]) -> dict[str, Latency]:
+    """Of each file twice, in two sessions: what lies between the two is noise."""
     from outrider_exporters.convert import open_file
 
     row = sample_rows(job, 1)
     job.context.progress(Progress(step="latency", done=0, total=1, message="time one row of each variant on this host"))
     with contextlib.ExitStack() as stack:
-        sessions = {
-            variant: stack.enter_context(contextlib.closing(open_file(file, job.interface, threads=LATENCY_THREADS)))
-            for variant, file in files.items()
-        }
-        calls = {variant: _call(_predictor(session.run), row) for variant, session in sessions.items()}
-        return latencies_p50_ms(calls, seed=job.context.seed)
+
+        def call(file: ModelFile) -> Callable[[], object]:
+            session = stack.enter_context(contextlib.closing(open_file(file, job.interface, threads=LATENCY_THREADS)))
+            return _call(_predictor(session.run), row)
+
+        twins = {variant: (call(file), call(file)) for variant, file in files.items()}
+        return twin_latencies(twins, seed=job.context.seed)
 
 
 def _call(predict: Predict, row: Tensors) -> Callable[[], object]:

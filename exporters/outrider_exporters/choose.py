@@ -1,6 +1,6 @@
 """Which variants a bundle gets, target by target: pure functions over measured figures.
 
-What was decided and why: docs/adr/0005-choosing-variants-per-target.md.
+What was decided and why: docs/adr/0005-choosing-variants-per-target.md and docs/adr/0011-noise-is-what-a-twin-shows.md.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from outrider_runtimes.engines import engine_named
 from outrider_runtimes.targets import Target, native_target, target_named
 
 MOST = 3  # variants a target; each costs every board its bytes, and the install its time
-# Candidates whose medians are closer than this count as equally fast. It is the bound that the benchmarks set for two
-# measurements of one file, not what export's own shorter measurement was shown to hold on a busy host.
+# Candidates whose medians are closer than this count as equally fast, and so do those that are closer than two
+# measurements of one of their files were. It is the bound that the benchmarks set for two measurements of one file.
 LATENCY_NOISE = 0.03
 # Metrics closer than this are equally good: a held-out set of a thousand rows cannot tell them apart.
 ACCURACY_TIE = 0.002
@@ -23,7 +23,7 @@ SIZE_TIE = 0.1  # a scale a channel instead of one a weight costs a small networ
 FLOAT = "float32"
 INT8_FEATURES = frozenset(["avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"])
 # What computes in integers comes first where nothing was measured: the others can only save bytes.
-_FAMILIES = ("static", "dynamic", "weight-only", "other")
+_FAMILIES = ("float", "static", "dynamic", "weight-only", "other")
 _FOR_SPEED = ("static", "dynamic")
 
 
@@ -36,6 +36,7 @@ class Candidate:
         accuracy: a figure of which higher is better, comparable between candidates.
         size_bytes: of the file.
         latency_ms: one row on the exporting host; None where it was not measured.
+        latency_noise: by how much two measurements of this file differed, as a share.
         parity: the largest difference from the torch network, as a share of the output's range.
         missed: the gates that it missed, in words; empty when none.
     """
@@ -49,6 +50,7 @@ class Candidate:
     latency_ms: float | None
     parity: float
     missed: str = ""
+    latency_noise: float = 0.0
 
     @property
     def family(self) -> str:
@@ -117,12 +119,17 @@ def formats_of(target: Target) -> frozenset[str]:
     return frozenset(model_format for engine in target.engines for model_format in engine_named(engine).formats)
 
 
+def takes_activations(target: Target, scheme: str) -> bool:
+    """Whether a form's activations, signed or not, are those of the target's int8 form."""
+    return "u8s8" not in scheme or target.int8_scheme == "U8S8"
+
+
 def choose(candidates: Sequence[Candidate], target: Target, host: Board) -> Choice:
     """What a bundle for the target holds.
 
     On a host that speaks for the target, latency decides: the fastest quantized candidate of each format, none that
-    is slower than the fastest float32 one. Elsewhere accuracy decides, then how it computes, then size. Then float32,
-    as the fallback of a board on which int8 does not pay.
+    is slower than the fastest float32 one. A difference within noise decides nothing: then accuracy does, then how it
+    computes, then size. So it is elsewhere. Then float32, as the fallback of a board on which int8 does not pay.
     """
     measured = speaks_for(host, target) and all(item.latency_ms is not None for item in candidates)
     dropped: dict[str, str] = {}
@@ -134,7 +141,8 @@ def choose(candidates: Sequence[Candidate], target: Target, host: Board) -> Choi
             dropped[item.name] = reason
         else:
             pool.append(item)
-    floats = sorted((c for c in pool if c.family == "float"), key=_fastest if measured else _smallest)
+    plain = [c for c in pool if c.family == "float"]
+    floats = _by_latency(plain) if measured else sorted(plain, key=_smallest)
     quantized = [c for c in pool if c.family != "float"]
     if measured:
         quantized = _not_slower(quantized, floats, dropped, notes)
@@ -154,26 +162,29 @@ def choose(candidates: Sequence[Candidate], target: Target, host: Board) -> Choi
     )
 
 
-def slower_than_float(candidates: Sequence[Candidate]) -> dict[str, str]:
-    """For an export without targets, where the recipe alone decides: what is to be said of those that are slower on
-    this host than float32, by name."""
-    floats = [item for item in candidates if item.family == "float"]
-    if not floats:
-        return {}
-    fastest = min(floats, key=_fastest)
-    bound = _fastest(fastest)[0] * (1.0 + LATENCY_NOISE)
-    return {
-        item.name: f"slower than float32 on the exporting host: {_ms(item)} ms a row, {fastest.name} {_ms(fastest)} ms"
-        for item in candidates
-        if item.family != "float" and item.latency_ms is not None and item.latency_ms > bound
-    }
+def noise_of(one: Candidate, other: Candidate) -> float:
+    """The share by which the latencies of two candidates may differ and say nothing: what measuring either file twice
+    showed, and ``LATENCY_NOISE`` at least."""
+    return max(LATENCY_NOISE, one.latency_noise, other.latency_noise)
+
+
+def is_faster(one: Candidate, other: Candidate) -> bool:
+    """Whether one was measured faster than the other by more than noise."""
+    if one.latency_ms is None or other.latency_ms is None:
+        return False
+    return one.latency_ms * (1.0 + noise_of(one, other)) < other.latency_ms
+
+
+def fastest_of(candidates: Sequence[Candidate]) -> Candidate:
+    """The one with the least latency; of equals the smaller. Raises ValueError for none."""
+    return min(candidates, key=_fastest)
 
 
 def _refusal(item: Candidate, target: Target) -> str:
     """Why a candidate is out of the question for a target whatever its figures are; empty when it is not."""
     if item.format not in formats_of(target):
         return f"no engine of {target.name} runs {item.format}"
-    if "u8s8" in item.scheme and target.int8_scheme != "U8S8":
+    if not takes_activations(target, item.scheme):
         return f"unsigned activations are not the int8 form of {target.name}, which is {target.int8_scheme}"
     return item.missed
 
@@ -184,29 +195,40 @@ def _not_slower(
     """Those that are worth having beside float32.
 
     One that computes in integers is for speed, and goes when it is slower; one that only stores in fewer bits stays
-    for its size. What is no faster than float32 and stays says so.
+    for its size, and so does one that is as fast within noise. What is neither faster nor smaller goes.
     """
     if not floats:
         return list(quantized)
-    fastest, kept = floats[0], []
+    fastest, kept = fastest_of(floats), []
     for item in quantized:
-        ratio = _fastest(item)[0] / _fastest(fastest)[0]
-        beside = f"{_ms(item)} ms a row, {fastest.name} {_ms(fastest)} ms"
-        if ratio > 1.0 + LATENCY_NOISE and item.family in _FOR_SPEED:
+        beside = f"{ms_text(item)} ms a row, {fastest.name} {ms_text(fastest)} ms"
+        slower, faster = is_faster(fastest, item), is_faster(item, fastest)
+        if slower and item.family in _FOR_SPEED:
             dropped[item.name] = f"measured slower than float32: {beside}"
             continue
-        if ratio > 1.0:
+        if not faster:
+            beside += "" if slower else f"; within noise, {noise_of(item, fastest):.0%}"
+            least = _smallest_of(floats, item.format)
+            if item.size_bytes >= least.size_bytes:
+                sizes = f"{item.size_bytes} bytes, {least.name} {least.size_bytes}"
+                dropped[item.name] = f"no faster than float32 ({beside}) and no smaller ({sizes})"
+                continue
             notes[item.name] = f"no faster than float32 ({beside}); kept for its size"
         kept.append(item)
     return kept
 
 
+def _smallest_of(floats: Sequence[Candidate], model_format: str) -> Candidate:
+    """The smallest float file of a format, else of any."""
+    return min([item for item in floats if item.format == model_format] or floats, key=_smallest)
+
+
 def _by_latency(items: Sequence[Candidate]) -> list[Candidate]:
-    """Fastest first; of those that are as fast as the fastest left, the most accurate, then the smallest."""
+    """Fastest first; of those that are within noise of the fastest left, the most accurate, then the smallest."""
     left, ordered = list(items), []
     while left:
-        bound = min(_fastest(item)[0] for item in left) * (1.0 + LATENCY_NOISE)
-        level = [item for item in left if _fastest(item)[0] <= bound]
+        fastest = fastest_of(left)
+        level = [item for item in left if not is_faster(fastest, item)]
         best = _by_accuracy(level)[0]
         ordered.append(best)
         left.remove(best)
@@ -252,7 +274,10 @@ def _passed_over(item: Candidate, kept: Sequence[Candidate], measured: bool) -> 
     figures = (
         f"accuracy {item.accuracy:.4f} against {beside.accuracy:.4f}, {item.size_bytes} against {beside.size_bytes}"
     )
-    times = f", {_ms(item)} against {_ms(beside)} ms" if measured else ""
+    times = ""
+    if measured:
+        alike = not is_faster(beside, item) and not is_faster(item, beside)
+        times = f", {ms_text(item)} against {ms_text(beside)} ms" + ", which is within noise" * alike
     return f"{beside.name} was preferred: {figures} bytes{times}"
 
 
@@ -264,5 +289,6 @@ def _smallest(item: Candidate) -> tuple[int, str]:
     return (item.size_bytes, item.name)
 
 
-def _ms(item: Candidate) -> str:
+def ms_text(item: Candidate) -> str:
+    """The latency in milliseconds, or ``unmeasured``."""
     return "unmeasured" if item.latency_ms is None else f"{item.latency_ms:.3f}"

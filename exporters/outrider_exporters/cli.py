@@ -61,10 +61,14 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
             formats=file.formats or None,
             targets=file.targets,
             gates=file.gates,
+            offload=file.offload,
             name=file.name,
             version=file.version,
             labels=file.labels,
             seed=file.seed,
+            dynamic_axes=file.dynamic_axes,
+            shapes=file.shapes,
+            state=file.state,
             signing_keys=keys,
             output=args.output,
             report=args.report,
@@ -108,12 +112,13 @@ def _show(progress: Progress) -> None:
 
 def _render_export(result: dict[str, Any]) -> str:
     from outrider.cli.text import aligned, bytes_text
+    from outrider_exporters.report import count_text
 
     metrics = sorted(result["baseline"]["metrics"])
     rows = [["", "parameters", "MACs", *metrics]]
     for stage in (result["baseline"], *result["stages"]):
         figures = [f"{stage['metrics'][name]:.4f}" for name in metrics]
-        rows.append([stage["name"], f"{stage['parameters']:,}", f"{stage['macs']:,}", *figures])
+        rows.append([stage["name"], f"{stage['parameters']:,}", count_text(stage["macs"]), *figures])
     variants = [["variant", "size", "ms on this host", *metrics]]
     for variant in result["variants"]:
         figures = [f"{variant['metrics'][name]:.4f}" for name in metrics]

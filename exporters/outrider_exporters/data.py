@@ -14,18 +14,20 @@ from outrider_runtimes.tensors import Array, Interface, Tensors, check_inputs
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Three separate parts; a row belongs to one of them.
+    """Separate parts; a row belongs to one of them.
 
     Attributes:
         train: ``(inputs, targets)``: arrays by input name, and an array with one target a row. ``fit`` and ``Distill``
             use it; None when no pass trains.
         calibration: arrays by input name, for the ranges of quantized variants; None when nothing is quantized.
+        certification: ``(inputs, targets)``, rows that no pass sees, for the threshold of ``Offload``; else None.
         test: whatever ``evaluate(predict, test)`` takes. When it is ``(inputs, targets)`` or ``inputs``, with the
             interface's names and shapes, the golden rows are taken from it.
     """
 
     train: tuple[Tensors, Array] | None = None
     calibration: Tensors | None = None
+    certification: tuple[Tensors, Array] | None = None
     test: Any
 
 
@@ -42,7 +44,7 @@ def check_data(data: Data, interface: Interface) -> None:
     if data.test is None:
         raise ConfigError("data.test is None: there is nothing to evaluate on", hint="hold rows back for the test")
     if data.train is not None:
-        _check_train(data.train, interface)
+        check_labelled(data.train, interface, part="data.train")
     if data.calibration is not None:
         check_rows(data.calibration, interface, part="data.calibration")
     inputs = inputs_of_test(data.test, interface)
@@ -88,14 +90,15 @@ def draw_rows(inputs: Tensors, interface: Interface, *, rows: int, seed: int) ->
     }
 
 
-def _check_train(train: Any, interface: Interface) -> None:
-    if not (isinstance(train, tuple | list) and len(train) == 2):
-        raise ConfigError("data.train is not a pair", hint="data.train = (inputs by name, targets)")
-    rows = check_rows(train[0], interface, part="data.train inputs")
-    targets = train[1]
+def check_labelled(pair: Any, interface: Interface, *, part: str) -> None:
+    """Raise ConfigError unless it is a pair of inputs by name and one target a row."""
+    if not (isinstance(pair, tuple | list) and len(pair) == 2):
+        raise ConfigError(f"{part} is not a pair", hint=f"{part} = (inputs by name, targets)")
+    rows = check_rows(pair[0], interface, part=f"{part} inputs")
+    targets = pair[1]
     if not isinstance(targets, np.ndarray) or targets.ndim == 0:
-        raise ConfigError(f"data.train targets are a {type(targets).__name__}, expected an array with one target a row")
+        raise ConfigError(f"{part} targets are a {type(targets).__name__}, expected an array with one target a row")
     if len(targets) != rows:
-        raise ConfigError(f"data.train has {rows} rows of inputs and {len(targets)} targets")
+        raise ConfigError(f"{part} has {rows} rows of inputs and {len(targets)} targets")
     if targets.dtype.kind == "f" and not np.isfinite(targets).all():
-        raise ConfigError("data.train targets have NaN or infinite values")
+        raise ConfigError(f"{part} targets have NaN or infinite values")

@@ -7,13 +7,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from outrider_exporters.choose import Candidate, Choice, choose, resolved, slower_than_float
+from outrider_exporters.choose import Candidate, Choice, choose, resolved
 from outrider_exporters.gates import QUANTIZATION_GATES, Figures, GateResult, Step, explain, gated_metric, judge
 from outrider_exporters.job import Job
 from outrider_exporters.layers import LayerError, blame_text, layer_errors
 from outrider_exporters.packing import Built
 from outrider_exporters.passes.base import Progress, Stage
 from outrider_exporters.report import VariantReport
+from outrider_exporters.worth import Worth, no_better_than_float, worth_of
 from outrider_runtimes.tensors import Tensors
 
 _log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class Decision:
         choices: one a target.
         results: every gate on every variant of the bundle; where a variant that the recipe asks for has no form that
             meets the gates, on the best of its forms.
+        worth: whether quantizing paid.
     """
 
     kept: tuple[VariantReport, ...]
@@ -37,6 +39,7 @@ class Decision:
     dropped: Mapping[str, str] = field(default_factory=dict)
     choices: tuple[Choice, ...] = ()
     results: tuple[GateResult, ...] = ()
+    worth: Worth = field(default_factory=Worth)
 
     @property
     def missed(self) -> tuple[GateResult, ...]:
@@ -60,7 +63,7 @@ def decide(job: Job, built: Built, baseline: Stage, stages: Sequence[Stage]) -> 
     elif job.targets:
         choices = tuple(choose(candidates, resolved(name, job.host), job.host) for name in job.targets)
         names = {name for choice in choices for name in choice.kept}
-    notes = slower_than_float(candidates) if not job.targets else _notes(choices)
+    notes = no_better_than_float(candidates) if not job.targets else _notes(choices)
     kept = tuple(_said(variant, choices, notes) for variant in built.variants if variant.name in names)
     return Decision(
         kept=kept,
@@ -68,6 +71,7 @@ def decide(job: Job, built: Built, baseline: Stage, stages: Sequence[Stage]) -> 
         dropped={**_reasons(choices, names), **built.failed},
         choices=choices,
         results=tuple(r for gate in judged for r in gate if r.variant in names),
+        worth=worth_of(candidates),
     )
 
 
@@ -87,12 +91,12 @@ def layers_of(job: Job, built: Built, variants: Sequence[str], rows: Tensors) ->
 
     Leaves out a variant whose file keeps nothing to compare: the step that lost most is then all that can be said.
     """
-    plain = {file.format: file for file in built.files.values() if file.precision == "float32"}
-    quantized = [v for v in variants if built.files[v].precision != "float32" and built.files[v].format in plain]
+    plain = {file.format: file for file in built.named.values() if file.precision == "float32"}
+    quantized = [v for v in variants if built.named[v].precision != "float32" and built.named[v].format in plain]
     found = {}
     for done, variant in enumerate(quantized):
         job.context.progress(Progress(step="layers", done=done, total=len(quantized), message=variant))
-        file = built.files[variant]
+        file = built.named[variant]
         try:
             found[variant] = layer_errors(plain[file.format], file, job.interface, rows)
         except Exception as error:
@@ -152,6 +156,7 @@ def _candidates(job: Job, built: Built, baseline: Stage, judged: Sequence[Sequen
             latency_ms=variant.latency_host_ms_p50,
             parity=variant.parity,
             missed="; ".join(missed.get(variant.name, ())),
+            latency_noise=variant.latency_noise,
         )
         for variant in built.variants
     ]

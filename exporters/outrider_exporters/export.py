@@ -9,25 +9,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outrider_exporters.around import open_around
 from outrider_exporters.building import build
-from outrider_exporters.data import Data, draw_rows
+from outrider_exporters.data import Data, check_data, draw_rows
 from outrider_exporters.deciding import decide, layers_of, with_blame
 from outrider_exporters.gates import Gate, check_gates, explain
 from outrider_exporters.job import Job, bundle_name, check_job
 from outrider_exporters.measure import Evaluate, metrics_of
-from outrider_exporters.packing import Built, choose_golden, environment, write
+from outrider_exporters.offload import Offload, Wrong
+from outrider_exporters.packing import Built, certify_kept, choose_golden, environment, sample_rows, write
 from outrider_exporters.passes.base import Fit, OnProgress, PassContext, Progress, Stage, run_passes, silent
 from outrider_exporters.passes.latency import latencies_of
 from outrider_exporters.progress import with_time_left
 from outrider_exporters.recipe import Recipe, RecipeFile
 from outrider_exporters.report import ExportReport
-from outrider_exporters.sources import Source, formats_for, open_source
+from outrider_exporters.sources import Source, formats_for
 from outrider_runtimes.board import this_board
-from outrider_runtimes.errors import GateMissed
+from outrider_runtimes.errors import ConfigError, GateMissed
 from outrider_runtimes.tensors import Tensors
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from outrider_runtimes.processing import Step
 
 LAYER_ROWS = 8  # of the golden rows; every activation of a row is in memory at once
 
@@ -52,9 +56,16 @@ def export(
     axes: Mapping[str, str] | None = None,
     ranges: Mapping[str, tuple[float, float]] | None = None,
     meanings: Mapping[str, str] | None = None,
+    dynamic_axes: Mapping[str, str] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    state: Mapping[str, str] | None = None,
+    preprocessing: Sequence[Step] = (),
+    postprocessing: Sequence[Step] = (),
     signing_keys: Sequence[Any] = (),
     seed: int = 0,
     golden: Tensors | None = None,
+    offload: Offload | None = None,
+    is_wrong: Wrong | None = None,
     report: str | Path | None = None,
     command: str = "",
     progress: OnProgress | None = None,
@@ -84,31 +95,64 @@ def export(
         labels: what the classes are called.
         axes, ranges, meanings: by tensor name: a letter a dimension (``N`` is what batching acts on), the least and the
             greatest value, and what it is; see TensorSpec. Four axes are NCHW for torch and NHWC for Keras and TFLite.
+        dynamic_axes: by input name, the letters of its axes that may have any size beside N: ``{"tokens": "T"}``. One
+            letter in several inputs is one size. The network is run at other sizes, which shows which outputs follow.
+        shapes: by letter of a free axis, the sizes that TFLite files are made for: ``{"T": [8, 16]}`` gives one file
+            with a signature a size, or one for each combination of several letters; they share the weights. Other sizes
+            are refused there; an ONNX file takes any.
+        state: of a recurrent network, by input name, the output that is this input of the next call, as in
+            ``{"h": "h_next"}``; see ``Model.stream``.
+        preprocessing, postprocessing: steps between what a caller of the bundle passes and what the network takes, and
+            between what it gives and what the caller gets; see docs/steps.md. With steps, ``example``, ``data`` and
+            ``golden`` are what a caller passes, and ``predict`` has the steps around it; ``fit``, ``teacher`` and
+            ``outputs`` belong to the network, and ``fit`` gets the inputs of ``data.train`` preprocessed.
         signing_keys: Ed25519 private keys; see ``outrider.bundle``.
         golden: inputs by name, one row or more, that become the bundle's golden rows and go to every board; when left
             out, rows of the test part, else generated ones.
+        offload: certify, for each variant, below which score an answer is uncertain; see Offload. A board obeys it.
+        is_wrong: for ``offload``: ``is_wrong(outputs, targets) -> bool [N]`` of arrays at the caller's side; when left
+            out, the first class against a class number.
         report: an ``.html`` file to write the report to, also when a gate was missed; the same as JSON beside it.
         command: what the report calls the command that made it.
         progress: called with a Progress as the work goes on.
 
     Raises:
         ConfigError: an argument, the data or the recipe is wrong; before any long work.
-        ExportError: a pass, a conversion or ``evaluate`` failed.
+        ExportError: a pass, a conversion or ``evaluate`` failed, or ``offload`` cannot be certified.
         GateMissed: a bound was not met; names variant, figure, bound, the step that lost most and
             the layers whose quantization error grew most.
         MissingExtra: torch or a converter is not installed.
     """
     begun = time.perf_counter()
-    source = open_source(model, example, outputs, labels=labels, axes=axes, ranges=ranges, meanings=meanings)
+    source, caller = open_around(
+        model,
+        example,
+        outputs,
+        preprocessing=preprocessing,
+        postprocessing=postprocessing,
+        labels=labels,
+        axes=axes,
+        ranges=ranges,
+        meanings=meanings,
+        dynamic_axes=dynamic_axes,
+        shapes=shapes,
+        state=state,
+    )
+    check_data(data, caller.interface)
+    if not callable(evaluate):
+        raise ConfigError("evaluate is not a function", hint='evaluate(predict, test) -> {"accuracy": 0.97}')
+    evaluate = caller.evaluated(evaluate)
     context = PassContext(
         interface=source.interface,
         example=source.example,
-        data=data,
+        data=caller.prepared_data(data),
         fit=fit,
         teacher=teacher,
         seed=seed,
         progress=with_time_left(progress or silent),
         evaluate=evaluate,
+        asked=(caller.interface, data),
+        network=source.network,
         time_networks=latencies_of,
     )
     job = Job(
@@ -120,13 +164,19 @@ def export(
         targets=tuple(targets),
         gates=tuple(gates),
         signing_keys=tuple(signing_keys),
+        data=data,
         evaluate=evaluate,
+        caller=caller,
         context=context,
         host=this_board(),
         golden=golden,
+        offload=offload,
+        is_wrong=is_wrong,
         report=None if report is None else Path(report),
+        tensors={"dynamic_axes": dynamic_axes or {}, "shapes": shapes or {}, "state": state or {}},
     )
     check_job(job)
+    source.check_sizes(sample_rows(job, 1), job.caller.prepared(choose_golden(job).inputs))
     baseline, stages = _shrink(source, job)
     with tempfile.TemporaryDirectory(prefix="outrider-export-") as folder:
         built = build(source, job, Path(folder), baseline)
@@ -145,10 +195,10 @@ def export(
 def _shrink(source: Source, job: Job) -> tuple[Stage, tuple[Stage, ...]]:
     """The baseline, and the stages of the network's passes, which change it in place."""
     job.context.progress(Progress(step="baseline", done=0, total=1, message="evaluate the original model"))
-    weight = source.weigh(job.context)
+    parameters, macs = source.weigh(job.context)
     metrics = metrics_of(job.evaluate, source.predict(), job.data.test, what="the original model")
     check_gates(job.gates, metrics)
-    baseline = Stage(name="baseline", metrics=metrics, parameters=weight.parameters, macs=weight.macs)
+    baseline = Stage(name="baseline", metrics=metrics, parameters=parameters, macs=macs)
 
     def measure(_: nn.Module, what: str) -> Mapping[str, float]:
         return metrics_of(job.evaluate, source.predict(), job.data.test, what=what, expected=metrics)
@@ -164,9 +214,11 @@ def _finish(job: Job, built: Built, baseline: Stage, stages: tuple[Stage, ...]) 
     decision = decide(job, built, baseline, stages)
     missed = tuple(dict.fromkeys(result.variant for result in decision.missed))
     shown = tuple(variant.name for variant in decision.kept) if job.report is not None else missed
-    layers = layers_of(job, built, shown, draw_rows(rows.inputs, job.interface, rows=LAYER_ROWS, seed=0))
+    drawn = draw_rows(rows.inputs, job.caller.interface, rows=LAYER_ROWS, seed=0)
+    layers = layers_of(job, built, shown, job.caller.prepared(drawn))
     decision = with_blame(decision, layers)
-    digest = "" if missed else write(job, built, decision, rows, (baseline, *stages))
+    rule = None if missed or job.offload is None else certify_kept(job, job.offload, built, decision)
+    digest = "" if missed else write(job, built, decision, rows, (baseline, *stages), offload=rule)
     return ExportReport(
         name=job.name,
         version=job.version,
@@ -187,6 +239,8 @@ def _finish(job: Job, built: Built, baseline: Stage, stages: tuple[Stage, ...]) 
         passed_over=decision.passed_over,
         dropped=decision.dropped,
         layers=layers,
+        offload={} if rule is None else rule.to_dict(),
+        quantization=decision.worth.to_dict(),
     )
 
 
@@ -201,4 +255,6 @@ def _asked(job: Job) -> dict[str, Any]:
         seed=job.context.seed,
         recipe=job.recipe,
         gates=job.gates,
+        offload=job.offload,
+        **job.tensors,
     ).to_dict()

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Protocol
 
+from outrider_exporters.likeness import Likeness
 from outrider_exporters.values import Metric, check_fields
 from outrider_runtimes.errors import ConfigError
 
@@ -29,6 +30,7 @@ class Figures:
         latency_ms: the median time of one row on the exporting host.
         parity: the largest difference from the torch network, as a share of the output's range.
         steps: (what was done, metrics after it), from the baseline to this variant, both included.
+        likeness: to the float32 variant of the same format; None for that one.
     """
 
     variant: str
@@ -37,6 +39,7 @@ class Figures:
     latency_ms: float = math.nan
     parity: float = math.nan
     steps: tuple[Step, ...] = ()
+    likeness: Likeness | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,6 +380,6 @@ def _check_bound(gate: Gate, name: str, *, low: float) -> None:
     if isinstance(gate, MaxDrop | MinMetric | MaxMetric):
         metric_of(gate.metric)  # a Metric checks its name
     value = getattr(gate, name)
-    if not value >= low:
+    if not value >= low or abs(value) == math.inf:
         bound = "a number" if low == -math.inf else f"a number of {low:g} or more"
         raise ConfigError(f"{name} is {value!r}, expected {bound}")

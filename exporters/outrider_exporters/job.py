@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from outrider.bundle.manifest import FORMATS, NAME
+from outrider_exporters.around import Caller
 from outrider_exporters.choose import formats_of, resolved, speaks_for
-from outrider_exporters.data import Data, check_data, check_rows
+from outrider_exporters.data import Data, check_rows
 from outrider_exporters.gates import Gate, MaxLatency
 from outrider_exporters.measure import Evaluate
+from outrider_exporters.offload import Offload, Wrong, check_offload
 from outrider_exporters.passes import PassContext
 from outrider_exporters.recipe import Recipe
 from outrider_runtimes.board import Board
@@ -27,7 +29,15 @@ QUANTIZERS = {"onnx": ("onnxruntime",), "tflite": ("ai_edge_quantizer",)}
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What was asked for, checked; the arguments of ``export``, and the host that it runs on."""
+    """What was asked for, checked; the arguments of ``export``, and the host that it runs on.
+
+    Attributes:
+        data: as it was given, at the caller's side; ``context.data`` is at the network's.
+        evaluate: of a function at the network's side; it puts the steps around it.
+        caller: the side of the bundle's users.
+        golden: at the caller's side.
+        tensors: free axes, their sizes in TFLite and the state, as they were asked for, by argument.
+    """
 
     name: str
     version: int
@@ -37,19 +47,21 @@ class Job:
     targets: tuple[str, ...]
     gates: tuple[Gate, ...]
     signing_keys: tuple[Any, ...]
+    data: Data
     evaluate: Evaluate
+    caller: Caller
     context: PassContext
     host: Board
     golden: Tensors | None = None
+    offload: Offload | None = None
+    is_wrong: Wrong | None = None
     report: Path | None = None
+    tensors: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def interface(self) -> Interface:
+        """The network's; that of the bundle is the caller's."""
         return self.context.interface
-
-    @property
-    def data(self) -> Data:
-        return self.context.data
 
 
 def bundle_name(name: str | None, output: Path) -> str:
@@ -67,11 +79,12 @@ def check_job(job: Job) -> None:
     """Everything that can be refused before the work begins. Raises ConfigError or MissingExtra."""
     if isinstance(job.version, bool) or not isinstance(job.version, int) or job.version < 1:
         raise ConfigError(f"version is {job.version!r}, expected an integer of 1 or more")
+    seed = job.context.seed
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ConfigError(f"seed is {seed!r}, expected an integer of 0 or more, below 2**63")
     unknown = [item for item in job.formats if item not in FORMATS]
     if unknown or not job.formats or len(set(job.formats)) != len(job.formats):
         raise ConfigError(f"formats is {job.formats}, expected one or both of {', '.join(FORMATS)}")
-    if not callable(job.evaluate):
-        raise ConfigError("evaluate is not a function", hint='evaluate(predict, test) -> {"accuracy": 0.97}')
     _check_writable(job.output, "output")
     if job.report is not None:
         _check_report(job.report)
@@ -81,9 +94,10 @@ def check_job(job: Job) -> None:
     _check_labels(job.interface)
     for position, key in enumerate(job.signing_keys):
         _check_key(key, position)
-    check_data(job.data, job.interface)
     if job.golden is not None:
-        check_rows(job.golden, job.interface, part="golden")
+        check_rows(job.golden, job.caller.interface, part="golden")
+    if job.offload is not None:
+        check_offload(job.offload, job.data, job.caller.interface)
     for item in job.recipe.passes:
         item.requires(job.context)
 
@@ -108,7 +122,8 @@ def _check_writable(path: Path, what: str) -> None:
 
 
 def _check_report(path: Path) -> None:
-    _check_writable(path, "report")
+    for written in (path, path.with_suffix(".json")):
+        _check_writable(written, "report")
     if path.suffix not in (".html", ".htm"):
         raise ConfigError(f"report is {path}, expected an .html file", hint="the same as JSON is written beside it")
     if importlib.util.find_spec("matplotlib") is None:

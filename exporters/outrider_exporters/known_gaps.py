@@ -14,6 +14,7 @@ BOTH = ("onnx", "tflite")
 ANY_PRECISION = ("float32", "int8", "dynamic", "weight-only", "float16", "int4")
 # Not an operator: torch.export met a condition or a size that depends on a tensor's values.
 DATA_DEPENDENT = "data-dependent"
+SEVERAL_SIGNATURES = "several-signatures"  # nor this: a file for several shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,14 @@ KNOWN_GAPS = (
         operators=("lgamma", "erfinv", "erf_inv", "i0", "bessel_i0", "digamma"),
         reason="neither format has them",
         instead="a polynomial over the range that occurs, or a table with torch.nn.functional.embedding",
+    ),
+    KnownGap(
+        network="several shapes in one file",
+        formats=TFLITE,
+        precisions=("int8",),
+        operators=(SEVERAL_SIGNATURES,),
+        reason="calibration rows have one size, so that the other signatures have no ranges",
+        instead='Quantize("dynamic") needs no ranges; or one size in shapes',
     ),
     KnownGap(
         network="recurrent",

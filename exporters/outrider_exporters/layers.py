@@ -11,14 +11,28 @@ from typing import Any
 import numpy as np
 
 from outrider_exporters.convert import ModelFile
+from outrider_exporters.convert.activations import stored_tensors
 from outrider_exporters.convert.quiet import quiet
 from outrider_exporters.rows import count_rows
 from outrider_runtimes.bound import input_converter
 from outrider_runtimes.tensors import Array, Interface, Tensors, check_inputs
 
+_MOVES_ONNX = ("Gather", "Slice", "Split", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
+_MOVES_TFLITE = (
+    "GATHER",
+    "SLICE",
+    "STRIDED_SLICE",
+    "SPLIT",
+    "UNPACK",
+    "RESHAPE",
+    "TRANSPOSE",
+    "SQUEEZE",
+    "EXPAND_DIMS",
+)
+MOVES = frozenset([*_MOVES_ONNX, *_MOVES_TFLITE])
+SUMS = frozenset(["Add", "Sub", "Sum", "ADD", "SUB", "ADD_N", "SQUARED_DIFFERENCE"])
 NAMED = 3  # layers that an error message names
 INTEGER = "_quantized"  # how ONNX Runtime's quantizer ends the name of an integer tensor
-WEIGHTED_OPERATORS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")  # in all of these the weights come second
 WORTH_NAMING = 0.01  # a layer that adds less than this share of its signal is not to blame
 
 
@@ -31,7 +45,8 @@ class LayerError:
         operator: ``Conv``, ``FULLY_CONNECTED``.
         error: root mean square of the difference of its outputs, as a share of the float outputs'.
         added: by how much ``error`` is above the largest error among the layer's inputs; below 0 where errors average
-            out. Layers behind one that lost much are wrong because their inputs are: this is what tells them apart.
+            out. Layers behind one that lost much are wrong because their inputs are: this tells them apart. What is
+            next to nothing beside what it is added to counts for as little: the mean within a norm is all noise.
     """
 
     layer: str
@@ -73,6 +88,7 @@ def layer_errors(
     nodes, watch_plain, watch_quantized = (_onnx if plain.format == "onnx" else _tflite)(plain, quantized)
     noise: dict[str, float] = {}
     signal: dict[str, float] = {}
+    elements: dict[str, int] = {}
     with quiet():
         for row in _rows(inputs, interface):
             exact = watch_plain(_encoded(row, plain, interface))
@@ -82,33 +98,75 @@ def layer_errors(
                     wanted = exact[name].astype(np.float64)
                     noise[name] = noise.get(name, 0.0) + float(np.sum((close[name] - wanted) ** 2))
                     signal[name] = signal.get(name, 0.0) + float(np.sum(wanted**2))
-    return compare(nodes, {name: _ratio(noise[name], signal[name]) for name in noise})
+                    elements[name] = elements.get(name, 0) + wanted.size
+    magnitudes = {name: math.sqrt(signal[name] / elements[name]) for name in signal if elements[name]}
+    return compare(nodes, {name: _ratio(noise[name], signal[name]) for name in noise}, magnitudes)
 
 
-def compare(nodes: Sequence[Node], errors: Mapping[str, float]) -> tuple[LayerError, ...]:
-    """The layers that have an error, with what each added. An operator that was fused away passes on what it got:
-    the error of its inputs, and its label where the next one has no weights of its own."""
+def compare(
+    nodes: Sequence[Node], errors: Mapping[str, float], magnitudes: Mapping[str, float] | None = None
+) -> tuple[LayerError, ...]:
+    """The layers that have an error, with what each added.
+
+    An operator that was fused away passes on what it got: the error of its inputs, and its label where the next one has
+    no weights of its own. What only moves values bears the label of what computed them: of a tensor that one part
+    dominates, the error of the others shows once they are apart.
+
+    Args:
+        magnitudes: root mean square of tensors; of one that is missing all of its error counts.
+    """
+    shares = {node.output: _shares(node, magnitudes or {}) for node in nodes}
+    counts = _counts(nodes, shares)
     reached = dict(errors)
-    fused: dict[str, Node] = {}
+    owners: dict[str, Node] = {}
     layers = []
     for node in nodes:
-        before = max((reached[name] for name in node.inputs if name in reached), default=0.0)
-        owner = node
-        if not node.weighted:
-            owner = next((fused[name] for name in node.inputs if name in fused), node)
-        if node.output not in errors:
+        before = max((reached[n] * shares[node.output][n] for n in node.inputs if n in reached), default=0.0)
+        given = [owners[name] for name in node.inputs if name in owners and _passes_label(node, name, owners, errors)]
+        owner = given[0] if given and not node.weighted else node
+        if node.output in errors:
+            error = errors[node.output]
+            added = counts[node.output] * (error - before)
+            layers.append(LayerError(layer=owner.label, operator=owner.operator, error=error, added=added))
+        else:
             reached[node.output] = before
-            fused[node.output] = owner
-            continue
-        error = errors[node.output]
-        layers.append(LayerError(layer=owner.label, operator=owner.operator, error=error, added=error - before))
+        owners[node.output] = owner
     return tuple(layers)
 
 
+def _shares(node: Node, magnitudes: Mapping[str, float]) -> dict[str, float]:
+    """How much each input counts in a node: in a sum, its magnitude beside that of the largest; else 1."""
+    if node.operator not in SUMS:
+        return dict.fromkeys(node.inputs, 1.0)
+    most = max((magnitudes[name] for name in node.inputs if name in magnitudes), default=0.0)
+    return {name: magnitudes[name] / most if most and name in magnitudes else 1.0 for name in node.inputs}
+
+
+def _counts(nodes: Sequence[Node], shares: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """How much of each tensor counts behind it, along the way on which it counts most."""
+    counts: dict[str, float] = {}
+    for node in reversed(nodes):
+        mine = counts.setdefault(node.output, 1.0)  # nothing reads it: an output
+        for name, share in shares[node.output].items():
+            counts[name] = max(counts.get(name, 0.0), share * mine)
+    return counts
+
+
+def _passes_label(node: Node, name: str, owners: Mapping[str, Node], errors: Mapping[str, float]) -> bool:
+    """Whether a node bears the label of what gave one of its inputs."""
+    return node.operator in MOVES or (name not in errors and owners[name].weighted)
+
+
 def to_blame(layers: Sequence[LayerError], count: int = NAMED) -> tuple[LayerError, ...]:
-    """The layers that added most error, worst first; fewer than ``count`` where the others added next to nothing."""
-    guilty = [layer for layer in layers if layer.added >= WORTH_NAMING]
-    return tuple(sorted(guilty, key=lambda layer: -layer.added)[:count])
+    """The layers that added most error, worst first; fewer than ``count`` where the others added next to nothing.
+
+    A layer that is several operators, as an unrolled recurrent one is, stands for its worst.
+    """
+    worst: dict[str, LayerError] = {}
+    for layer in sorted(layers, key=lambda layer: -layer.added):
+        if layer.added >= WORTH_NAMING:
+            worst.setdefault(layer.layer, layer)
+    return tuple(worst.values())[:count]
 
 
 def blame_text(layers: Sequence[LayerError]) -> str:
@@ -145,18 +203,7 @@ def _onnx(plain: ModelFile, quantized: ModelFile) -> tuple[list[Node], Watch, Wa
     import onnx
 
     graph, other = (onnx.load(str(file.path)) for file in (plain, quantized))
-    weights = {item.name for item in graph.graph.initializer if len(item.dims) >= 2}
-    nodes = [
-        Node(
-            label=_onnx_label(node, weights),
-            operator=node.op_type,
-            inputs=tuple(node.input),
-            output=node.output[0],
-            weighted=any(name in weights for name in node.input),
-        )
-        for node in graph.graph.node
-        if node.output
-    ]
+    nodes = _onnx_nodes(graph)
     names = {node.output for node in nodes}
     stored = {item.name: onnx.numpy_helper.to_array(item) for item in other.graph.initializer}
     made = {name for node in other.graph.node for name in node.output}
@@ -168,12 +215,55 @@ def _onnx(plain: ModelFile, quantized: ModelFile) -> tuple[list[Node], Watch, Wa
     return nodes, _onnx_watch(graph, {name: name for name in names}, {}), _onnx_watch(other, places, stored)
 
 
-def _onnx_label(node: Any, weights: set[str]) -> str:
-    """The module that holds the weights: torch's exporter names them by their place in the network."""
-    for name in node.input:
-        if name in weights and name.endswith(".weight"):
-            return str(name.removeprefix("module.").removesuffix(".weight"))
-    return str(node.name or node.output[0])
+def _onnx_nodes(model: Any) -> list[Node]:
+    """The operators that compute something of the inputs, one node an output of theirs.
+
+    What is made of constants alone is a constant too: torch's exporter cuts the weights of recurrent layers up and puts
+    them together again.
+    """
+    constants = {item.name: (item.name,) for item in model.graph.initializer}
+    matrices = {item.name for item in model.graph.initializer if len(item.dims) >= 2}
+    added = _named_by_bias(model)
+    nodes = []
+    for operator in model.graph.node:
+        inputs = [name for name in operator.input if name]
+        held = tuple(dict.fromkeys(origin for name in inputs for origin in constants.get(name, ())))
+        if all(name in constants for name in inputs):
+            constants.update((name, held) for name in operator.output)
+            continue
+        named = [path for path in map(_onnx_path, held) if path] or [
+            added[name] for name in operator.output if name in added and matrices.intersection(held)
+        ]
+        nodes += [
+            Node(
+                label=named[0] if named else str(operator.name or operator.output[0]),
+                operator=operator.op_type,
+                inputs=tuple(name for name in inputs if name not in constants),
+                output=output,
+                weighted=bool(matrices.intersection(held)),
+            )
+            for output in operator.output
+            if output
+        ]
+    return nodes
+
+
+def _named_by_bias(model: Any) -> dict[str, str]:
+    """By what a bias is added to, the module of the bias: of a dense layer on a sequence torch's exporter folds the
+    weights and keeps the name of the bias alone."""
+    constants = {item.name for item in model.graph.initializer}
+    named: dict[str, str] = {}
+    for operator in model.graph.node:
+        paths = [path for name in operator.input if name in constants and (path := _onnx_path(name))]
+        if operator.op_type == "Add" and paths:
+            named.update((name, paths[0]) for name in operator.input if name not in constants)
+    return named
+
+
+def _onnx_path(name: str) -> str:
+    """The module of a constant that torch's exporter named by its place in the network; else nothing."""
+    path, _, parameter = name.removeprefix("module.").rpartition(".")
+    return path if parameter.startswith(("weight", "bias")) else ""
 
 
 def _onnx_place(name: str, made: set[str], stored: Mapping[str, Array]) -> str | None:
@@ -218,22 +308,22 @@ def _tflite(plain: ModelFile, quantized: ModelFile) -> tuple[list[Node], Watch, 
     with quiet():
         first, second = (_interpreter(file) for file in (plain, quantized))
     details = {item["index"]: item for item in first.get_tensor_details()}
+    stored = stored_tensors(plain.path)
     nodes = []
     for operator in first._get_ops_details():
         inputs = [details[index] for index in operator["inputs"] if index in details]
         outputs = [details[index]["name"] for index in operator["outputs"] if index in details]
-        if not outputs:
-            continue
-        weighted = operator["op_name"] in WEIGHTED_OPERATORS
-        nodes.append(
+        weights = [item["name"] for item in inputs if item["index"] in stored and len(item["shape"]) >= 2]
+        nodes += [
             Node(
-                label=_tflite_label([*(item["name"] for item in inputs[1:2] if weighted), *outputs], operator),
+                label=_tflite_label([*weights, *outputs], operator),
                 operator=operator["op_name"],
-                inputs=tuple(item["name"] for item in inputs),
-                output=outputs[0],
-                weighted=weighted,
+                inputs=tuple(item["name"] for item in inputs if item["index"] not in stored),
+                output=output,
+                weighted=bool(weights),
             )
-        )
+            for output in outputs
+        ]
     names = {node.output for node in nodes}
     return nodes, _tflite_watch(first, names), _tflite_watch(second, names)
 
@@ -289,5 +379,6 @@ def _tflite_label(names: Sequence[str], operator: Mapping[str, Any]) -> str:
             pieces = [re.sub(r"^[^_]*_", "", piece.rsplit(".", 1)[-1]) for piece in parts[-1].split("/")]
             if "module" in pieces:
                 pieces = pieces[pieces.index("module") + 1 :]
-            return ".".join(pieces) or operator["op_name"]
+            if pieces:
+                return ".".join(pieces)
     return f"{operator['op_name']} {operator['index']}"

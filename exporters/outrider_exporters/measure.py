@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,19 @@ def metrics_of(
     return metrics
 
 
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """How long one row takes.
+
+    Attributes:
+        p50_ms: the median over both measurements.
+        noise: by how much the medians of the two differ, as a share of the smaller.
+    """
+
+    p50_ms: float
+    noise: float
+
+
 def latencies_p50_ms(
     runs: Mapping[str, Callable[[], object]], *, seed: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
@@ -58,20 +72,58 @@ def latencies_p50_ms(
         runs: one call each, by name.
         clock: seconds.
     """
-    names, rng = sorted(runs), np.random.default_rng(seed)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for name in names:
+    times = _times([runs[name] for name in sorted(runs)], seed, clock, budget_s=BUDGET_S * len(runs))
+    return {name: _p50_ms(found) for name, found in zip(sorted(runs), times, strict=True)}
+
+
+def twin_latencies(
+    twins: Mapping[str, tuple[Callable[[], object], Callable[[], object]]],
+    *,
+    seed: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Latency]:
+    """The latency of each file, and what an A/A twin of the same file shows of its noise.
+
+    All calls are measured in the same rounds of shuffled order. What lies between the two is what the host and the
+    place in memory do to one file; a smaller difference between two files says nothing.
+
+    Args:
+        twins: by name, one call each of two sessions of the same file.
+        clock: seconds.
+    """
+    names = sorted(twins)
+    calls = [call for name in names for call in twins[name]]
+    times = iter(_times(calls, seed, clock, budget_s=BUDGET_S * len(names)))
+    return {name: _latency(next(times), next(times)) for name in names}
+
+
+def _times(
+    calls: Sequence[Callable[[], object]], seed: int, clock: Callable[[], float], *, budget_s: float
+) -> list[list[float]]:
+    """Seconds of each call, round by round, in fewer rounds where they would take longer than the budget."""
+    rng = np.random.default_rng(seed)
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
         for _ in range(WARM_UPS):
-            runs[name]()
+            call()
     begun = clock()
     for done in range(ROUNDS):
-        if done >= FEWEST_ROUNDS and clock() - begun > BUDGET_S * len(names):
+        if done >= FEWEST_ROUNDS and clock() - begun > budget_s:
             break
-        for at in rng.permutation(len(names)):
+        for at in rng.permutation(len(calls)):
             start = clock()
-            runs[names[at]]()
-            times[names[at]].append(clock() - start)
-    return {name: float(np.median(values)) * 1000.0 for name, values in times.items()}
+            calls[at]()
+            times[at].append(clock() - start)
+    return times
+
+
+def _latency(first: Sequence[float], second: Sequence[float]) -> Latency:
+    low, high = sorted((_p50_ms(first), _p50_ms(second)))
+    return Latency(p50_ms=_p50_ms([*first, *second]), noise=(high - low) / low if low > 0.0 else 0.0)
+
+
+def _p50_ms(times: Sequence[float]) -> float:
+    return float(np.median(times)) * 1000.0
 
 
 def _name(key: object, what: str) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from outrider.bundle import Golden, Variant, write_bundle
+from outrider.bundle import Golden, OffloadRule, Variant, write_bundle
 from outrider_exporters.data import Data, draw_rows, inputs_of_test
 from outrider_exporters.job import Job
 from outrider_exporters.measure import LATENCY_THREADS
+from outrider_exporters.offload import Offload, certified_rule
 from outrider_exporters.passes import Progress, Stage
 from outrider_exporters.report import VariantReport
 from outrider_exporters.rows import Predict, count_rows, example_rows
@@ -46,6 +47,7 @@ class Built:
     Attributes:
         reference: the model's answers.
         files, variants: by variant name, and in the order in which they were made.
+        named: the files with the names of their inner tensors, by variant name; never shipped.
         slots: by variant name, the variant of the recipe that it is a form of.
         failed: why a form could not be made, by the name that it would have had.
     """
@@ -55,6 +57,7 @@ class Built:
     variants: tuple[VariantReport, ...]
     slots: Mapping[str, str] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
+    named: Mapping[str, ModelFile] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,35 @@ class GoldenRows:
         return {"rows": self.rows, "from": self.origin, "trained_on": self.trained_on}
 
 
-def write(job: Job, built: Built, decision: Decision, golden_rows: GoldenRows, stages: Sequence[Stage]) -> str:
+def certify_kept(job: Job, offload: Offload, built: Built, decision: Decision) -> OffloadRule:
+    """The rule by which a board finds the answers of the kept variants uncertain. Raises ExportError."""
+    from outrider_exporters.convert import predict_file
+
+    job.context.progress(Progress(step="certify", done=0, total=1, message="a threshold for each variant"))
+    kept = [variant.name for variant in decision.kept]
+    teacher = None
+    if job.context.teacher is not None:
+        from outrider_exporters.sources.module import torch_predict
+
+        teacher = job.caller.outside(torch_predict(job.context.teacher, job.interface))
+    return certified_rule(
+        offload,
+        job,
+        {name: job.caller.outside(predict_file(built.files[name], job.interface)) for name in kept},
+        is_wrong=job.is_wrong,
+        teacher=teacher,
+    )
+
+
+def write(
+    job: Job,
+    built: Built,
+    decision: Decision,
+    golden_rows: GoldenRows,
+    stages: Sequence[Stage],
+    *,
+    offload: OffloadRule | None = None,
+) -> str:
     """Write the bundle with the variants that were decided for. Gives its digest.
 
     Args:
@@ -92,7 +123,7 @@ def write(job: Job, built: Built, decision: Decision, golden_rows: GoldenRows, s
         job.output,
         name=job.name,
         version=job.version,
-        interface=job.interface,
+        interface=job.caller.interface,
         variants=[_variant(report, files[report.name]) for report in decision.kept],
         golden=golden,
         members={**members, **{_member(v, file.format): file.path for v, file in files.items()}},
@@ -106,36 +137,46 @@ def write(job: Job, built: Built, decision: Decision, golden_rows: GoldenRows, s
             "targets": list(job.targets),
             "choices": [choice.to_dict() for choice in decision.choices],
             "passed_over": dict(decision.dropped),
+            "quantization": decision.worth.to_dict(),
             "golden": golden_rows.to_dict(),
             "seed": job.context.seed,
         },
         signing_keys=job.signing_keys,
+        offload=offload,
     )
 
 
 def choose_golden(job: Job) -> GoldenRows:
     """The rows that the caller gave, else rows of the test part, else generated ones: never training data."""
+    interface = job.caller.interface
     if job.golden is not None:
-        rows = count_rows(job.golden, job.interface)
-        inputs = draw_rows(job.golden, job.interface, rows=rows, seed=0)
+        rows = count_rows(job.golden, interface)
+        inputs = draw_rows(job.golden, interface, rows=rows, seed=0)
         return GoldenRows(inputs=inputs, rows=rows, origin="given", trained_on=trained_on(inputs, job))
-    count = golden_count(job.context.example, job.interface)
-    test = inputs_of_test(job.data.test, job.interface)
-    if test is not None:
-        inputs, origin = draw_rows(test, job.interface, rows=count, seed=job.context.seed), "test"
+    count = golden_count(job.caller.example, interface)
+    test = inputs_of_test(job.data.test, interface)
+    unseen = None if test is None else _unseen(test, job)
+    if unseen is not None:
+        inputs, origin = draw_rows(unseen, interface, rows=count, seed=job.context.seed), "test"
     else:
-        inputs, origin = generated_rows(job.context.example, job.interface, count, job.context.seed), "generated"
-    return GoldenRows(inputs=inputs, rows=count_rows(inputs, job.interface), origin=origin)
+        inputs, origin = generated_rows(job.caller.example, interface, count, job.context.seed), "generated"
+        if trained_on(inputs, job):  # the example's own rows
+            inputs = generated_rows(job.caller.example, interface, count, job.context.seed, keep=0)
+    return GoldenRows(
+        inputs=inputs, rows=count_rows(inputs, interface), origin=origin, trained_on=trained_on(inputs, job)
+    )
 
 
-def generated_rows(example: Tensors, interface: Interface, rows: int, seed: int) -> dict[str, Array]:
+def generated_rows(
+    example: Tensors, interface: Interface, rows: int, seed: int, *, keep: int | None = None
+) -> dict[str, Array]:
     """Seeded random rows between the least and the greatest value of the interface's range, else of the example.
 
-    The first rows are the example's own.
+    The first rows are the example's own: so many as ``keep`` says, else all of them.
     """
     rng = np.random.default_rng(seed)
     tiled = example_rows(example, interface, rows)
-    given = count_rows(example, interface)
+    given = count_rows(example, interface) if keep is None else keep
     for spec in interface.inputs:
         if not spec.batched:
             continue
@@ -151,25 +192,42 @@ def generated_rows(example: Tensors, interface: Interface, rows: int, seed: int)
 
 
 def sample_rows(job: Job, rows: int) -> dict[str, Array]:
-    """At most so many rows to compare answers and to take times on: of the test, the calibration or the golden part,
-    else generated."""
-    for inputs in (inputs_of_test(job.data.test, job.interface), job.data.calibration, job.golden):
+    """At most so many rows of the network's inputs, to compare answers and to take times on: of the test, the
+    calibration or the golden part, else generated."""
+    interface, seed = job.caller.interface, job.context.seed
+    for inputs in (inputs_of_test(job.data.test, interface), job.data.calibration, job.golden):
         if inputs is not None:
-            return draw_rows(inputs, job.interface, rows=rows, seed=job.context.seed)
-    return generated_rows(job.context.example, job.interface, rows, job.context.seed)
+            return job.caller.prepared(draw_rows(inputs, interface, rows=rows, seed=seed))
+    return job.caller.prepared(generated_rows(job.caller.example, interface, rows, seed))
 
 
 def trained_on(inputs: Tensors, job: Job) -> int:
     """How many of the rows are rows of ``data.train``, compared by their bytes."""
-    if job.data.train is None:
-        return 0
-    train = _row_bytes(job.data.train[0], job.interface)
-    return sum(row in set(train) for row in _row_bytes(inputs, job.interface))
+    return sum(_trained(inputs, job))
 
 
-def _row_bytes(inputs: Tensors, interface: Interface) -> list[bytes]:
+def _trained(inputs: Tensors, job: Job) -> list[bool]:
+    """Of each row, whether it is one of ``data.train``."""
+    rows = list(_row_bytes(inputs, job.caller.interface))
+    wanted = set(rows)
+    train = () if job.data.train is None else _row_bytes(job.data.train[0], job.caller.interface)
+    found = {row for row in train if row in wanted}
+    return [row in found for row in rows]
+
+
+def _unseen(inputs: Tensors, job: Job) -> Tensors | None:
+    """Without the rows of ``data.train``; None where no other is left."""
+    left = [not row for row in _trained(inputs, job)]
+    if all(left):
+        return inputs
+    batched = {spec.name for spec in job.caller.interface.inputs if spec.batched}
+    return {k: a[left] if k in batched else a for k, a in inputs.items()} if any(left) else None
+
+
+def _row_bytes(inputs: Tensors, interface: Interface) -> Iterator[bytes]:
     batched = [np.ascontiguousarray(inputs[spec.name]) for spec in interface.inputs if spec.batched]
-    return [b"".join(array[at].tobytes() for array in batched) for at in range(len(batched[0]) if batched else 0)]
+    for at in range(len(batched[0]) if batched else 0):
+        yield b"".join(array[at].tobytes() for array in batched)
 
 
 def _golden(
@@ -181,10 +239,10 @@ def _golden(
 
     generated = rows.origin == "generated"
     return build_golden(
-        job.interface,
+        job.caller.interface.judged,
         rows.inputs,
-        reference,
-        {variant: predict_file(file, job.interface) for variant, file in files.items()},
+        job.caller.judged(reference),
+        {variant: job.caller.judged(predict_file(file, job.interface)) for variant, file in files.items()},
         precisions={variant: file.precision for variant, file in files.items()},
         decision=DecisionCheck() if generated else decision_for(job.interface, job.data, rows.rows),
     )

@@ -55,6 +55,8 @@ def never(predict, test):
         ({"targets": ("pi9",)}, "no target 'pi9'"),
         ({"targets": ("pi-32bit",)}, "target 'pi-32bit' runs tflite"),
         ({"version": 0}, "version is 0"),
+        ({"seed": -1}, "seed is -1, expected an integer of 0 or more"),
+        ({"seed": 2**63}, "seed is 9223372036854775808"),
         ({"name": "Digits Net"}, "the bundle's name is 'Digits Net'"),
         ({"labels": ("a", "b")}, "2 labels, output 'logits' has 10 classes"),
         ({"signing_keys": ["secret"]}, r"signing_keys\[0\] is a str"),

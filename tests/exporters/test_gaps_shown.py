@@ -91,7 +91,7 @@ SHOWN = {
         "tflite", (Returns(torch.lgamma), ROWS, "aten.lgamma"), "tflite", (Returns(by_table), ROWS),
     ),
 }  # fmt: skip
-BY_PRECISION = {"recurrent", "generators of transposed convolutions"}
+BY_PRECISION = {"recurrent", "generators of transposed convolutions", "several shapes in one file"}
 
 
 def convert(model_format, network, x, folder):

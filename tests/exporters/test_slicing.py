@@ -8,9 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from networks.attention import LENGTH, WIDTH
+from networks.attention import Block as AttentionBlock
+from outrider_exporters import Data, Prune
+from outrider_exporters.passes.base import PassContext
 from outrider_exporters.passes.slicing import Slicer, find_prunable
 from outrider_exporters.passes.slicing.attention import SlimAttention
-from outrider_exporters.sources.module import PositionalModule
+from outrider_exporters.sources.module import PositionalModule, interface_from_module
+from outrider_runtimes.errors import ExportError
 
 pytestmark = pytest.mark.slow
 
@@ -119,6 +124,7 @@ class Residual(nn.Module):
 
 
 SEQUENCE, TOKENS = torch.randn(3, 5, 8), torch.randint(1, 20, (3, 6))
+TOKEN_ROWS = torch.randn(2, LENGTH, WIDTH)
 NETWORKS = {
     **{f"{k.__name__}-{n}": (Recurrent(k, layers=n), (SEQUENCE,)) for k in (nn.RNN, nn.GRU, nn.LSTM) for n in (1, 3)},
     "GRU-both": (Recurrent(nn.GRU, both=True), (SEQUENCE,)),
@@ -207,7 +213,7 @@ def test_the_least_important_go():
 def test_what_cannot_be_cut_is_left_out_with_the_reason():
     network, examples = PositionalModule(Block(OwnAttention(derived=True)), ["x"], ["out"]), (SEQUENCE,)
     found = find_prunable(network, examples, round_to=8)
-    assert found.skipped["attention"] == "the network computes something else with fewer of them"
+    assert found.skipped["attention"].startswith("the network computes something else with fewer of them; to prune")
     assert "up" in {group.name for group in found.groups}
 
     class States(nn.Module):
@@ -223,6 +229,80 @@ def test_what_cannot_be_cut_is_left_out_with_the_reason():
     found = find_prunable(PositionalModule(States(), ["x"], ["y", "h", "c"]), examples, round_to=8)
     assert found.groups == ()
     assert found.skipped == {"body": "its hidden state is an output"}
+
+
+class Named(OwnAttention):
+    """Its number of heads is an attribute of another name, beside other numbers that divide the width."""
+
+    def __init__(self, name, value=4) -> None:
+        super().__init__(heads=value)
+        self.depth, self.spare, self.key = 2, 8, name
+        del self.heads
+        if not hasattr(type(self), name):
+            setattr(self, name, value)
+
+    def forward(self, x):
+        heads = getattr(self, self.key)
+        q, k, v = (layer(x).unflatten(-1, (heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        weights = torch.softmax(q @ k.transpose(-1, -2) / self.size**0.5, -1)
+        return self.mix((weights @ v).transpose(1, 2).flatten(2))
+
+
+class OfTheClass(Named):
+    COUNT = 4
+
+
+CONSTANT = 4
+
+
+class Constant(OwnAttention):
+    """Its number of heads is a constant of the Python module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.heads
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (CONSTANT, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        weights = torch.softmax(q @ k.transpose(-1, -2) / self.size**0.5, -1)
+        return self.mix((weights @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("attention", "name"), [(Named("branches"), "branches"), (OfTheClass("COUNT"), "COUNT")])
+def test_heads_are_pruned_by_whichever_attribute_holds_their_number(attention, name):
+    network = PositionalModule(Block(attention), ["x"], ["out"])
+    groups = {group.name: group for group in find_prunable(network, (SEQUENCE,), round_to=8).groups}
+    assert (groups["attention"].kind, groups["attention"].units) == ("heads", 4)
+    silenced, pruned = copy.deepcopy(network), copy.deepcopy(network)
+    Slicer(silenced, (SEQUENCE,), round_to=8).silence({"attention": 2})
+    Slicer(pruned, (SEQUENCE,), round_to=8).apply({"attention": 2})
+    cut = pruned.module.attention
+    assert (getattr(cut, name), cut.spare, cut.depth, cut.size) == (2, 8, 2, 8)
+    assert cut.q.out_features == cut.mix.in_features == 16
+    wanted, got = outputs_of(silenced, (SEQUENCE,)), outputs_of(pruned, (SEQUENCE,))
+    torch.testing.assert_close(got, wanted, rtol=0.0, atol=1e-5)
+    Slicer(pruned, (SEQUENCE,), round_to=8).apply({"attention": 1})
+    assert getattr(pruned.module.attention, name) == 1
+    again = find_prunable(pruned, (SEQUENCE,), round_to=8)
+    assert "attention" not in {group.name for group in again.groups}
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "name"), [(Block(Constant()), SEQUENCE, "attention"), (AttentionBlock(), TOKEN_ROWS, "model")]
+)
+def test_a_number_of_heads_that_is_no_attribute_is_left_out_with_what_to_write(model, example, name):
+    found = find_prunable(PositionalModule(model, ["x"], ["out"]), (example,), round_to=8)
+    assert "heads" not in {group.kind for group in found.groups}
+    assert found.skipped[name].startswith("no attribute of it was found to hold the number of its heads; ")
+    assert "self.heads = N in __init__" in found.skipped[name]
+
+
+def test_pruning_that_finds_nothing_else_is_refused_with_what_to_write_in_the_module():
+    model, example = Block(Constant()).eval(), {"x": SEQUENCE.numpy()}
+    interface = interface_from_module(model, example, ["out"])
+    context = PassContext(interface=interface, example=example, data=Data(test=(example, 0)), fit=lambda *_: None)
+    with pytest.raises(ExportError, match=r"removed nothing \(.*attention: no attribute .*self\.heads = N in __init__"):
+        Prune(ratio=0.1, round_to=64).call(PositionalModule(model, ["x"], ["out"]), context)
 
 
 class Start(Recurrent):

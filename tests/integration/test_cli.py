@@ -16,7 +16,7 @@ import pytest
 from support.realbundles import expected, images, make_real_bundle
 
 BUNDLE_COMMANDS = ("inspect", "verify", "keygen", "sign")
-COMMANDS = (*BUNDLE_COMMANDS, "install", "rollback", "infer", "serve", "demo", "export", "package")
+COMMANDS = (*BUNDLE_COMMANDS, "install", "rollback", "doctor", "infer", "serve", "demo", "export", "package")
 
 
 class Cli:
@@ -148,8 +148,21 @@ def test_install_infer_and_rollback(cli: Cli, bundle: Path) -> None:
 
 def test_install_shows_what_it_chose(cli: Cli, bundle: Path) -> None:
     text = cli.run("install", bundle).stdout
-    assert "serves" in text
-    assert "tflite-float32" in text
+    lines = text.splitlines()
+    told = cli.done("install", bundle)
+    choice = told["choice"]
+    assert f"serves     {choice['variant']} on {choice['engine']}, {choice['threads']} thread" in text
+    assert f"because    {choice['reason']}" in text
+    cells = [line for line in lines if line.startswith(("* ", "  ")) and line.endswith(" calls")]
+    assert len(cells) == len(told["measured"])
+    (chosen,) = [line for line in cells if line.startswith("*")]
+    assert choice["variant"] in chosen and choice["engine"] in chosen
+    assert "left out" in text
+
+
+def test_a_bundle_that_is_too_slow_for_its_bound_is_refused(cli: Cli, bundle: Path) -> None:
+    assert "the bound is 1e-06 ms" in cli.refused("install", bundle, "--latency-ms", "1e-6")
+    assert cli.done("install", bundle, "--latency-ms", "1e6")["admitted"]
 
 
 def test_infer_with_a_named_variant(cli: Cli, bundle: Path) -> None:

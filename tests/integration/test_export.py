@@ -178,7 +178,7 @@ def test_progress_tells_of_every_part(exported):
 def untimed(value):
     """A manifest's data without what was timed."""
     if isinstance(value, dict):
-        timed = ("latency", "seconds", "gain", "note")
+        timed = ("latency", "seconds", "gain", "note", "quantization")
         return {key: untimed(item) for key, item in value.items() if not any(word in key for word in timed)}
     return [untimed(item) for item in value] if isinstance(value, list) else value
 

@@ -13,6 +13,8 @@ from outrider import cli
 from outrider.bundle import open_bundle
 from outrider_exporters import Data, MaxDrop, Prune, Quantize, Recipe, export
 from outrider_exporters.convert.files import parity
+from outrider_exporters.convert.strip import stripped
+from outrider_exporters.sources.files import declare
 from outrider_runtimes.errors import ConfigError, ExportError, ModelLoadError
 from support import tinymodels
 
@@ -61,6 +63,7 @@ def test_a_file_stays_as_it_is_and_gets_an_int8_sister(tmp_path, kind):
     assert [v.name for v in report.variants] == [f"{kind}-float32", f"{kind}-int8"]
     assert report.baseline.metrics == {"accuracy": 1.0}
     assert report.baseline.parameters >= sum(w.size for w in vars(WEIGHTS).values())
+    assert report.baseline.macs == (8 * 8 * WEIGHTS.conv.size + WEIGHTS.dense.size if kind == "onnx" else None)
     assert report.variant(f"{kind}-float32").parity == 0.0
     assert content(report.bundle, f"{kind}-float32") == CONTENT[kind] == path.read_bytes()
     with outrider.load(report.bundle, state=tmp_path / "state", variant=f"{kind}-int8") as model:
@@ -68,6 +71,16 @@ def test_a_file_stays_as_it_is_and_gets_an_int8_sister(tmp_path, kind):
         assert (spec.name, spec.shape[0], spec.axes) == ("x", None, "NCHW" if kind == "onnx" else "NHWC")
         given = model.predict(rows(kind, 9))["y"]
     assert parity({"y": tinymodels.reference(WEIGHTS, tinymodels.images(9, 1))}, {"y": given}) < 0.05
+
+
+def test_a_file_whose_inner_tensors_have_no_names_gets_one_too(tmp_path):
+    """As the files of our own bundles are."""
+    declared = declare(save(tmp_path, "tflite"), one_is_batch=True)
+    light = stripped(declared.file, declared.interface, declared.inputs, tmp_path / "light.tflite")
+    assert light.path.name == "light.tflite"
+    report = run(light.path, "tflite", recipe=INT8)
+    assert [v.name for v in report.variants] == ["tflite-float32", "tflite-int8"]
+    assert report.variant("tflite-int8").metrics["accuracy"] > 0.9
 
 
 def test_a_fixed_row_is_not_n_when_axes_say_so(tmp_path):
@@ -91,6 +104,17 @@ def test_a_quantized_file_is_packed_and_not_quantized_again(tmp_path, kind):
         run(quantized, kind, recipe=INT8, output=tmp_path / "again.outrider")
     assert "leave quantize out" in caught.value.hint
     assert not (tmp_path / "again.outrider").exists()
+
+
+@pytest.mark.parametrize("kind", sorted(CONTENT))
+def test_a_file_of_half_floats_is_packed_as_that(tmp_path, kind):
+    first = run(save(tmp_path, kind), kind, recipe=Recipe([Quantize("float16")]))
+    half = tmp_path / f"half.{kind}"
+    half.write_bytes(content(first.bundle, f"{kind}-float16"))
+    report = run(half, kind, output=tmp_path / "half.outrider")
+    assert [(v.name, v.precision) for v in report.variants] == [(f"{kind}-float16", "float16")]
+    with pytest.raises(ConfigError, match=rf"half\.{kind} is float16 already and is not quantized"):
+        run(half, kind, recipe=INT8, output=tmp_path / "again.outrider")
 
 
 @pytest.mark.parametrize(

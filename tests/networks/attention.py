@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from networks.case import ACCURACY, Case, Trained, classifier, fit
+from networks.case import ACCURACY, JUDGED, Case, Trained, classifier, fit, held_out_rows
 
 WIDTH, INNER, LENGTH, HEADS, KINDS = 768, 2048, 16, 8, 4
 
@@ -53,10 +53,10 @@ def marked(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray
     return (features @ table).astype(np.float32), kinds[np.arange(count), where]
 
 
-def train() -> Trained:
+def train(held_out: int = JUDGED) -> Trained:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    learned, calibration, test = marked(1200, rng), marked(100, rng)[0], marked(1000, rng)
+    learned, calibration, test = marked(1200, rng), marked(100, rng)[0], marked(2000, held_out_rows(held_out))
     network = fit(Block(), *learned, epochs=1, rate=4e-4, rows=8)
     return classifier(network, learned, calibration, test, name="tokens")
 
@@ -70,7 +70,7 @@ CASES = (
         parameters=5_517_060,
         metric=ACCURACY,
         rule="nearest class mean",
-        baseline=0.37,
+        baseline=0.31,
         floor=0.80,
         ceiling=0.995,
         forms={"onnx": "dynamic", "tflite": "dynamic"},

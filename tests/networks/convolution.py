@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from networks.case import ACCURACY, Case, Trained, classifier, fit
+from networks.case import ACCURACY, JUDGED, Case, Trained, classifier, fit
 from networks.images import digits
 
 
@@ -27,17 +27,17 @@ def wide() -> nn.Module:
     )  # fmt: skip
 
 
-def train_lenet() -> Trained:
+def train_lenet(held_out: int = JUDGED) -> Trained:
     torch.manual_seed(0)
-    split = digits(train=4000, test=2000, noise=0.25)
+    split = digits(train=4000, test=2000, noise=0.25, held_out=held_out)
     return classifier(
         fit(lenet(), *split.train, epochs=5, rate=4e-3), split.train, split.calibration, split.test, name="image"
     )
 
 
-def train_wide() -> Trained:
+def train_wide(held_out: int = JUDGED) -> Trained:
     torch.manual_seed(0)
-    split = digits(train=4000, test=2000, noise=0.25)
+    split = digits(train=4000, test=2000, noise=0.25, held_out=held_out)
     return classifier(
         fit(wide(), *split.train, epochs=3, rate=4e-3), split.train, split.calibration, split.test, name="image"
     )
@@ -52,7 +52,7 @@ CASES = (
         parameters=61_706,
         metric=ACCURACY,
         rule="nearest class mean",
-        baseline=0.68,
+        baseline=0.67,
         floor=0.90,
         ceiling=0.99,
         forms={"onnx": "int8", "tflite": "int8"},
@@ -66,7 +66,7 @@ CASES = (
         parameters=34_826,
         metric=ACCURACY,
         rule="nearest class mean",
-        baseline=0.68,
+        baseline=0.67,
         floor=0.85,
         ceiling=0.99,
         forms={"onnx": "int8", "tflite": "int8"},

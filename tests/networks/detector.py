@@ -1,4 +1,4 @@
-"""Item 12: a one-stage detector on pictures of up to three shapes; boxes and classes, decoded and thinned in numpy."""
+"""Item 12: a one-stage detector on pictures of up to three shapes; its boxes are decoded and thinned by steps."""
 
 from __future__ import annotations
 
@@ -9,16 +9,45 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from networks.case import Case, Metric, Outputs, Predict, Trained, fit, in_chunks
+from networks.case import JUDGED, Case, Metric, Outputs, Predict, Trained, fit, held_out_rows, in_chunks
 from networks.images import inside
-from outrider_exporters import Data
+from outrider_exporters import Data, MaxDrop, MinMetric
+from outrider_runtimes.processing import (
+    BoxesToImage,
+    GridBoxes,
+    Layout,
+    Normalise,
+    Softmax,
+    Step,
+    Suppression,
+    run_steps,
+)
 
-MAP = Metric(name="mAP at IoU 0.5")
+MAP = Metric(name="map")
 KINDS = ("disc", "square", "triangle")
 SIZE, GRID = 48, 6
 CELLS = GRID * GRID
 MEAN_SIDE = 0.3
-Scene = list[tuple[int, np.ndarray]]  # class, box as x0, y0, x1, y1 in 0..1
+Scene = list[tuple[int, np.ndarray]]  # class, box as x0, y0, x1, y1 in pixels
+BEFORE: tuple[Step, ...] = (
+    Normalise(tensor="image", mean=[0.0], std=[1.0], divided_by=255.0),
+    Layout(tensor="image", to="NCHW"),
+)
+AFTER: tuple[Step, ...] = (
+    GridBoxes(
+        tensor="boxes",
+        height=SIZE,
+        width=SIZE,
+        strides=[SIZE // GRID],
+        form="cxcywh",
+        offsets="sigmoid",
+        sides="exp",
+        side_scale=MEAN_SIDE * GRID,
+    ),
+    Softmax(tensor="scores"),
+    Suppression(iou_threshold=0.45, score_threshold=0.05, max_detections=CELLS, first_class=1),
+    BoxesToImage(tensor="boxes", image="image", height=SIZE, width=SIZE),
+)
 
 
 class Detector(nn.Module):
@@ -42,6 +71,7 @@ class Detector(nn.Module):
 
 
 def scenes(count: int, rng: np.random.Generator) -> tuple[np.ndarray, list[Scene]]:
+    """Pictures uint8 [N, 48, 48, 3], and what is on each."""
     drawn = [_scene(rng) for _ in range(count)]
     return np.stack([image for image, _ in drawn]), [scene for _, scene in drawn]
 
@@ -61,16 +91,17 @@ def _scene(rng: np.random.Generator) -> tuple[np.ndarray, Scene]:
         colour = ground + rng.choice([-1.0, 1.0]) * rng.uniform(0.2, 0.5, (3, 1, 1))
         image, taken = np.where(mask, colour, image), taken | mask
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        scene.append((kind, np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) / SIZE))
+        scene.append((kind, np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float64)))
     noisy = image + 0.08 * rng.standard_normal(image.shape)
-    return np.clip(noisy, 0.0, 1.0).astype(np.float32), scene
+    return np.rint(255.0 * np.clip(noisy, 0.0, 1.0)).astype(np.uint8).transpose(1, 2, 0), scene
 
 
 def encoded(all_scenes: list[Scene]) -> np.ndarray:
     """float32 [N, 36, 5]: class + 1 (0: nothing) and the box as the network gives it, in the cell of its middle."""
     targets = np.zeros((len(all_scenes), CELLS, 5), np.float32)
     for target, scene in zip(targets, all_scenes, strict=True):
-        for kind, (x0, y0, x1, y1) in scene:
+        for kind, box in scene:
+            x0, y0, x1, y1 = box / SIZE
             x, y = (x0 + x1) / 2 * GRID, (y0 + y1) / 2 * GRID
             offset = np.clip([x % 1, y % 1], 0.02, 0.98)
             sides = np.log(np.array([x1 - x0, y1 - y0]) / MEAN_SIDE)
@@ -78,12 +109,10 @@ def encoded(all_scenes: list[Scene]) -> np.ndarray:
     return targets
 
 
-def decode(boxes: np.ndarray) -> np.ndarray:
-    """The network's boxes [N, 36, 4] as x0, y0, x1, y1 in 0..1."""
-    rows, columns = np.divmod(np.arange(CELLS), GRID)
-    middle = (np.stack([columns, rows], -1) + 1.0 / (1.0 + np.exp(-boxes[..., :2]))) / GRID
-    half = np.exp(np.clip(boxes[..., 2:], -4, 4)) * MEAN_SIDE / 2
-    return np.concatenate([middle - half, middle + half], -1)
+def decoded(boxes: np.ndarray, scores: np.ndarray) -> Outputs:
+    """What a caller gets where the network says this."""
+    raw = {"boxes": boxes.astype(np.float32), "scores": scores.astype(np.float32)}
+    return run_steps(AFTER, raw, {"image": (len(boxes), SIZE, SIZE, 3)})
 
 
 def iou(box: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -93,30 +122,16 @@ def iou(box: np.ndarray, others: np.ndarray) -> np.ndarray:
     return shared / (np.prod(box[2:] - box[:2]) + np.prod(others[:, 2:] - others[:, :2], -1) - shared)
 
 
-def suppress(boxes: np.ndarray, scores: np.ndarray, *, overlap: float = 0.45) -> list[int]:
-    """Which boxes stay, best first: each is dropped that overlaps a better one."""
-    kept: list[int] = []
-    for at in np.argsort(-scores, kind="stable"):
-        if not kept or iou(boxes[at], boxes[kept]).max() <= overlap:
-            kept.append(int(at))
-    return kept
-
-
 Found = list[tuple[float, int, np.ndarray]]  # score, picture, box
 
 
-def detections(boxes: np.ndarray, scores: np.ndarray, *, least: float = 0.05) -> list[Found]:
-    """What is found, by class: decoded, above a least score, each class thinned by itself."""
-    corners = decode(boxes)
-    odds = np.exp(scores - scores.max(-1, keepdims=True))
-    chances = odds / odds.sum(-1, keepdims=True)
+def by_class(outputs: Outputs) -> list[Found]:
+    """What was found, by class."""
     found: list[Found] = [[] for _ in KINDS]
-    for picture in range(len(boxes)):
-        for kind in range(len(KINDS)):
-            chance = chances[picture, :, kind + 1]
-            (cells,) = np.nonzero(chance > least)
-            for at in suppress(corners[picture, cells], chance[cells]):
-                found[kind].append((float(chance[cells[at]]), picture, corners[picture, cells[at]]))
+    for picture, count in enumerate(outputs["count"]):
+        for at in range(count):
+            kind, score = outputs["classes"][picture, at], outputs["scores"][picture, at]
+            found[kind].append((float(score), picture, outputs["boxes"][picture, at]))
     return found
 
 
@@ -137,7 +152,9 @@ def average_precision(found: Found, wanted: list[list[np.ndarray]]) -> float:
     return float((precision * right).sum() / total)
 
 
-def mean_average_precision(found: list[Found], all_scenes: list[Scene]) -> float:
+def mean_average_precision(outputs: Outputs, all_scenes: list[Scene]) -> float:
+    """Over the classes, at an intersection over union of 0.5."""
+    found = by_class(outputs)
     return float(
         np.mean(
             [
@@ -150,8 +167,7 @@ def mean_average_precision(found: list[Found], all_scenes: list[Scene]) -> float
 
 def evaluate(predict: Predict, test: Any) -> dict[str, float]:
     inputs, all_scenes = test
-    outputs: Outputs = in_chunks(predict, inputs)
-    return {MAP.name: mean_average_precision(detections(outputs["boxes"], outputs["scores"]), all_scenes)}
+    return {MAP.name: mean_average_precision(in_chunks(predict, inputs), all_scenes)}
 
 
 def _loss(answer: tuple[torch.Tensor, torch.Tensor], target: torch.Tensor) -> torch.Tensor:
@@ -163,12 +179,13 @@ def _loss(answer: tuple[torch.Tensor, torch.Tensor], target: torch.Tensor) -> to
     )
 
 
-def train() -> Trained:
+def train(held_out: int = JUDGED) -> Trained:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     images, known = scenes(2500, rng)
-    network = fit(Detector(), images, encoded(known), loss=_loss, epochs=5, rate=8e-3, rows=50)
-    calibration, (test, asked) = scenes(200, rng)[0], scenes(1000, rng)
+    prepared = run_steps(BEFORE, {"image": images}, {})["image"]
+    network = fit(Detector(), np.ascontiguousarray(prepared), encoded(known), loss=_loss, epochs=5, rate=8e-3, rows=50)
+    calibration, (test, asked) = scenes(200, rng)[0], scenes(1000, held_out_rows(held_out))
     prior = np.zeros((len(test), CELLS, 4))
     return Trained(
         module=network,
@@ -176,8 +193,11 @@ def train() -> Trained:
         outputs=("boxes", "scores"),
         data=Data(calibration={"image": calibration}, test=({"image": test}, asked)),
         evaluate=evaluate,
-        baseline=mean_average_precision(detections(prior, prior), asked),
+        baseline=mean_average_precision(decoded(prior, prior), asked),
         decide=lambda outputs, _: outputs["scores"].argmax(-1),
+        preprocessing=BEFORE,
+        postprocessing=AFTER,
+        axes={"image": "NHWC"},
     )
 
 
@@ -195,5 +215,6 @@ CASES = (
         ceiling=0.985,
         forms={"onnx": "int8", "tflite": "int8"},
         train=train,
+        gates=(MinMetric(MAP.name, at_least=0.85), MaxDrop(MAP.name, points=1.0)),
     ),
 )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from networks.case import R2, Case, Outputs, Predict, Trained, fit, in_chunks
+from networks.case import JUDGED, R2, Case, Outputs, Predict, Trained, fit, in_chunks
 from networks.images import digits
 from outrider_exporters import Data
 
@@ -26,10 +26,10 @@ def generator() -> nn.Module:
     )  # fmt: skip
 
 
-def train_generator() -> Trained:
+def train_generator(held_out: int = JUDGED) -> Trained:
     """A code is an image's first 16 principal components: the best straight line back is the baseline."""
     torch.manual_seed(0)
-    split = digits(train=2000, test=1000, noise=0.0)
+    split = digits(train=2000, test=1000, noise=0.0, held_out=held_out)
     images, labels = split.train
     flat = images.reshape(len(images), -1)
     mean = flat.mean(0)
@@ -78,7 +78,7 @@ CASES = (
         parameters=19_593,
         metric=R2,
         rule="the components' linear reconstruction",
-        baseline=0.776,
+        baseline=0.779,
         floor=0.82,
         ceiling=0.95,
         forms={"onnx": "weight-only", "tflite": "int8"},

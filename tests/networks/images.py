@@ -7,6 +7,8 @@ from functools import cache
 
 import numpy as np
 
+from networks.case import JUDGED, VALIDATION, held_out_rows
+
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
@@ -18,15 +20,17 @@ class Split:
 
 
 @cache
-def digits(*, train: int, test: int, noise: float, size: int = 28, seed: int = 0) -> Split:
+def digits(*, train: int, test: int, noise: float, size: int = 28, seed: int = 0, held_out: int = JUDGED) -> Split:
     """Handwritten digits of 8x8 drawn at another size, each turned, scaled, moved and noised at random."""
     from sklearn.datasets import load_digits
 
     raw = load_digits()
     rng = np.random.default_rng(seed)
-    sources = np.split(rng.permutation(len(raw.target)), [1000, 1200])
+    learned, calibrating, validating, judging = np.split(rng.permutation(len(raw.target)), [1000, 1200, 1450])
+    last = validating if held_out == VALIDATION else judging
     parts = []
-    for chosen, count in zip(sources, (train, 200, test), strict=True):
+    for chosen, count in ((learned, train), (calibrating, 200), (last, test)):
+        rng = held_out_rows(held_out) if chosen is last else rng
         drawn = rng.choice(chosen, count)
         images = np.stack([_drawn(image, size, rng) for image in raw.images[drawn] / 16.0])
         images = images + noise * rng.standard_normal(images.shape)
@@ -75,15 +79,16 @@ def shapes(
     classes: tuple[str, ...] = SHAPES,
     radius: tuple[float, float] = (0.25, 0.4),
     seed: int = 0,
+    held_out: int = JUDGED,
 ) -> Split:
     """One shape a picture, turned, of any colour, on a slanting background: float32 [N, 3, size, size] in 0..1.
 
     Args:
         radius: smallest and largest, as a share of the side.
     """
-    rng = np.random.default_rng(seed)
+    learned = np.random.default_rng(seed)
     parts = []
-    for count in (train, 200, test):
+    for rng, count in ((learned, train), (learned, 200), (held_out_rows(held_out), test)):
         labels = rng.integers(0, len(classes), count)
         images = np.stack([_picture(classes[label], size, radius, noise, rng) for label in labels])
         parts.append((images, labels.astype(np.int64)))

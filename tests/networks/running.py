@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 
 import outrider
-from networks.case import PREDICT_ROWS, Case, Outputs, Predict, Trained, in_chunks
-from outrider.bundle import open_bundle
+from networks.case import JUDGED, POINT, PREDICT_ROWS, Case, Outputs, Predict, Trained, in_chunks
+from outrider import cli
+from outrider.bundle import Manifest, open_bundle
 from outrider_exporters import Data, Quantize, Recipe, export
+from outrider_exporters.around import open_around
 from outrider_exporters.convert import parity
-from outrider_exporters.sources.module import interface_from_module, torch_predict
+from outrider_runtimes.bound import BoundSession
+from outrider_runtimes.engines import engine_named
 
 FORMATS = ("onnx", "tflite")
 EXPORT_ROWS = 64
@@ -40,6 +47,14 @@ class Figures:
     operators: frozenset[str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What a bundle says of its quantized forms, and what ``outrider inspect`` prints of it."""
+
+    quantization: Mapping[str, Any]
+    inspected: str
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Ran:
     """A case with everything that was measured of it.
@@ -47,6 +62,7 @@ class Ran:
     Attributes:
         torch: the metric of the PyTorch network.
         rows: how many held-out samples the metric is of.
+        said: by the form that was asked for.
     """
 
     case: Case
@@ -55,6 +71,14 @@ class Ran:
     rows: int
     torch: float
     variants: dict[str, Figures] = field(default_factory=dict)
+    said: dict[str, Said] = field(default_factory=dict)
+
+    def loss_noise(self, variant: str) -> float:
+        """Of a share of right decisions: the standard deviation of what was lost to float32, in bounds.
+
+        At most every changed decision moved the metric, each by one row; the sum of so many signs has this deviation.
+        """
+        return (self.variants[variant].changed / self.rows) ** 0.5 / POINT
 
     def __repr__(self) -> str:
         case = self.case
@@ -73,23 +97,37 @@ class Ran:
 
 def run_case(case: Case, folder: Path) -> Ran:
     """Train, export and run every variant of a case. Raises what ``export`` and ``load`` raise."""
-    trained = case.train()
-    interface = interface_from_module(trained.module, trained.example, trained.outputs)
-    reference = torch_predict(trained.module, interface)
+    trained = case.train(JUDGED)
+    reference, network = opened(trained)
     inputs = trained.data.test[0]
-    wanted = in_chunks(reference, inputs)
+    wanted = in_chunks(network, inputs)
     ran = Ran(
         case=case,
         parameters=sum(p.numel() for p in trained.module.parameters() if p.requires_grad),
         baseline=trained.baseline,
         rows=trained.samples or len(next(iter(inputs.values()))),
-        torch=_metric(case, trained, reference, wanted),
+        torch=_metric(case, trained, reference, in_chunks(reference, inputs) if trained.postprocessing else wanted),
     )
     for form, formats in _by_form(case).items():
         bundle = _exported(case, trained, form, formats, folder)
+        ran.said[form] = _said(bundle)
         variants = [f"{f}-{precision}" for f in formats for precision in ("float32", form)]
         ran.variants.update(_run(case, trained, bundle, variants, wanted, folder / "state"))
     return ran
+
+
+def opened(trained: Trained) -> tuple[Predict, Predict]:
+    """The PyTorch network as functions of what a caller passes: with all steps around it, and without the last ones."""
+    source, caller = open_around(
+        trained.module,
+        trained.example,
+        trained.outputs,
+        preprocessing=trained.preprocessing,
+        postprocessing=trained.postprocessing,
+        axes=trained.axes,
+    )
+    predict = source.predict()
+    return caller.outside(predict), caller.judged(predict)
 
 
 def _by_form(case: Case) -> dict[str, tuple[str, ...]]:
@@ -103,13 +141,25 @@ def _exported(case: Case, trained: Trained, form: str, formats: tuple[str, ...],
         trained.module,
         example=trained.example,
         outputs=trained.outputs,
-        data=_fewer(trained.data),
+        data=trained.data if case.gates else _fewer(trained.data),
         evaluate=trained.evaluate,
+        gates=case.gates,
+        preprocessing=trained.preprocessing,
+        postprocessing=trained.postprocessing,
+        axes=trained.axes,
         recipe=Recipe([Quantize(form)]),
         formats=formats,
         output=folder / f"{case.name}-{form}.outrider",
     )
     return report.bundle
+
+
+def _said(bundle: Path) -> Said:
+    with open_bundle(bundle) as opened:
+        quantization = opened.manifest.provenance["quantization"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert cli.main(["inspect", str(bundle)]) == 0
+    return Said(quantization=quantization, inspected=printed.getvalue())
 
 
 def _fewer(data: Data) -> Data:
@@ -131,6 +181,8 @@ def _run(
         with outrider.load(bundle, state=state, variant=variant, threads=1) as model:
             outputs = in_chunks(model.predict, trained.data.test[0])
             engine, metric = model.engine, _metric(case, trained, model.predict, outputs)
+        if trained.postprocessing:
+            outputs = _network_outputs(manifest, variant, files[variant], engine, trained, state)
         before = plain.setdefault(manifest.variant(variant).format, outputs)
         figures[variant] = Figures(
             variant=variant,
@@ -143,6 +195,20 @@ def _run(
             operators=_operators(files[variant]) if variant.startswith("onnx") else frozenset(),
         )
     return figures
+
+
+def _network_outputs(
+    manifest: Manifest, variant: str, content: bytes, engine: str, trained: Trained, folder: Path
+) -> Outputs:
+    """What a variant gives before the last steps, on all held-out rows."""
+    file = folder / "network"
+    file.write_bytes(content)
+    session = engine_named(engine).prepare(file, threads=1)
+    try:
+        bound = BoundSession(session, manifest.interface.judged, manifest.variant(variant).binding)
+        return in_chunks(lambda inputs: bound.run(inputs).outputs, trained.data.test[0])
+    finally:
+        session.close()
 
 
 def _operators(onnx_file: bytes) -> frozenset[str]:

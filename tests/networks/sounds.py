@@ -6,6 +6,7 @@ from functools import cache
 
 import numpy as np
 
+from networks.case import JUDGED, held_out_rows
 from networks.images import Split
 
 RATE_HZ = 4000
@@ -39,11 +40,11 @@ def _word(word: int, rng: np.random.Generator) -> np.ndarray:
 
 
 @cache
-def words(*, train: int, test: int, noise: float, seed: int = 0) -> Split:
+def words(*, train: int, test: int, noise: float, seed: int = 0, held_out: int = JUDGED) -> Split:
     """Twelve spoken "words" in noise: float32 [N, 1, 49, 10] and their numbers."""
-    rng = np.random.default_rng(seed)
+    learned = np.random.default_rng(seed)
     parts = []
-    for count in (train, 200, test):
+    for rng, count in ((learned, train), (learned, 200), (held_out_rows(held_out), test)):
         labels = rng.integers(0, 12, count)
         waves = np.stack([_word(label, rng) for label in labels])
         levels = noise * rng.uniform(0.5, 2.0, (count, 1))
@@ -53,14 +54,14 @@ def words(*, train: int, test: int, noise: float, seed: int = 0) -> Split:
 
 
 @cache
-def machine(*, train: int, test: int, seed: int = 0) -> Split:
+def machine(*, train: int, test: int, seed: int = 0, held_out: int = JUDGED) -> Split:
     """Five frames of 128 bands of a running machine, float32 [N, 640]; in the test half is broken (1), half not (0).
 
     Speed, load and phase of the frames vary; a broken one has a harmonic that does not belong there.
     """
-    rng = np.random.default_rng(seed)
+    learned = np.random.default_rng(seed)
     parts = []
-    for count, broken in ((train, 0.0), (200, 0.0), (test, 0.5)):
+    for rng, count, broken in ((learned, train, 0.0), (learned, 200, 0.0), (held_out_rows(held_out), test, 0.5)):
         labels = (rng.uniform(size=count) < broken).astype(np.int64)
         parts.append((_spectra(labels, rng), labels))
     return Split(train=parts[0], calibration=parts[1][0], test=parts[2])

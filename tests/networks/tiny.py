@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -10,12 +11,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from networks.case import ACCURACY, Case, Metric, Outputs, Predict, Trained, classifier, fit, in_chunks
+from networks.case import ACCURACY, JUDGED, Case, Metric, Outputs, Predict, Trained, classifier, fit, in_chunks
 from networks.images import shapes
 from networks.sounds import machine, words
 from outrider_exporters import Data
 
 AUC = Metric(name="auc")
+WORDS = partial(words, train=2000, test=4000, noise=0.35)
+SMALL_SHAPES = partial(shapes, size=32, train=1500, test=4000, noise=0.06)
+TWO_SHAPES = partial(shapes, size=96, train=1000, test=4000, noise=0.05, classes=("cross", "disc"), radius=(0.3, 0.45))
 
 
 def normed(before: int, after: int, size: Any, **options: Any) -> list[nn.Module]:
@@ -83,32 +87,32 @@ def autoencoder() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(128, 640))
 
 
-def train_ds_cnn() -> Trained:
+def train_ds_cnn(held_out: int = JUDGED) -> Trained:
     torch.manual_seed(0)
-    split = words(train=2000, test=2000, noise=0.35)
+    split = WORDS(held_out=held_out)
     network = fit(ds_cnn(), *split.train, epochs=5, rate=6e-3)
     return classifier(network, split.train, split.calibration, split.test, name="features")
 
 
-def train_resnet8() -> Trained:
+def train_resnet8(held_out: int = JUDGED) -> Trained:
     torch.manual_seed(0)
-    split = shapes(size=32, train=1500, test=2000, noise=0.06)
+    split = SMALL_SHAPES(held_out=held_out)
     network = fit(resnet8(), *split.train, epochs=4, rate=6e-3)
     return classifier(network, split.train, split.calibration, split.test, name="image")
 
 
-def train_mobilenet() -> Trained:
+def train_mobilenet(held_out: int = JUDGED) -> Trained:
     torch.manual_seed(0)
-    split = shapes(size=96, train=1000, test=1000, noise=0.05, classes=("cross", "disc"), radius=(0.3, 0.45))
+    split = TWO_SHAPES(held_out=held_out)
     images, labels = split.train
     network = fit(mobilenet(), images[:, :, ::2, ::2], labels, epochs=6, rate=6e-3, rows=32)  # a quarter of the work
     network = fit(network, images, labels, epochs=1, rate=3e-3, rows=32)
     return classifier(network, split.train, split.calibration, split.test, name="image")
 
 
-def train_autoencoder() -> Trained:
+def train_autoencoder(held_out: int = JUDGED) -> Trained:
     torch.manual_seed(0)
-    split = machine(train=3000, test=2000)
+    split = machine(train=3000, test=2000, held_out=held_out)
     normal = split.train[0]
     network = fit(autoencoder(), normal, normal, loss=functional.mse_loss, epochs=10, rate=5e-3)
     spectra, broken = split.test
@@ -181,7 +185,7 @@ CASES = (
         parameters=213_586,
         metric=ACCURACY,
         rule="nearest class mean",
-        baseline=0.50,
+        baseline=0.49,
         floor=0.75,
         ceiling=0.99,
         forms=STATIC,
@@ -195,7 +199,7 @@ CASES = (
         parameters=267_928,
         metric=AUC,
         rule="distance from the mean of the training rows",
-        baseline=0.61,
+        baseline=0.62,
         floor=0.80,
         ceiling=0.99,
         forms=STATIC,

@@ -1,8 +1,8 @@
-"""The ranges of a float file's activations over the calibration rows, by our own observers, in either engine."""
+"""A float file's activations and their ranges over the calibration rows, by our own observers, in either engine."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,31 @@ from outrider_runtimes.errors import ExportError, MissingExtra
 from outrider_runtimes.tensors import Array
 
 
-def observe_onnx(model: Any, rows: Sequence[dict[str, Array]], observer: str) -> dict[str, Range]:
-    """By name, the range of every float tensor that an ONNX graph takes or computes.
+def observe(activations: Iterator[Mapping[str, Array]], observer: str) -> dict[str, Range]:
+    """The range of every tensor by name.
+
+    Args:
+        activations: of one run after the other; see ``run_onnx`` and ``run_tflite``.
+        observer: see ``observers.find_range``.
+
+    Raises:
+        ExportError: a tensor is NaN on these rows.
+    """
+    histograms: dict[str, Histogram] = {}
+    for tensors in activations:
+        for name, values in tensors.items():
+            if name not in histograms:
+                histograms[name] = Histogram(counting=observer != "min-max")
+            _watch(histograms[name], values, name)
+    return {name: find_range(observer, histogram) for name, histogram in histograms.items()}
+
+
+def run_onnx(model: Any, rows: Sequence[dict[str, Array]]) -> Iterator[dict[str, Array]]:
+    """By name, every float tensor that an ONNX graph takes or computes, one dictionary a row.
 
     Args:
         model: a ModelProto with the types of its tensors inferred; left as it is.
         rows: inputs by the file's names.
-        observer: see ``observers.find_range``.
-
-    Raises:
-        ExportError: a tensor is not finite on these rows.
     """
     try:
         import onnx
@@ -43,16 +58,13 @@ def observe_onnx(model: Any, rows: Sequence[dict[str, Array]], observer: str) ->
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
     computed = [name for name in names if name not in given]
-    histograms = {name: Histogram(counting=observer != "min-max") for name in names}
     for row in rows:
         answers = dict(zip(computed, session.run(computed, row), strict=True)) if computed else {}
-        for name in names:
-            _watch(histograms[name], answers[name] if name in answers else row[name], name)
-    return {name: find_range(observer, histogram) for name, histogram in histograms.items()}
+        yield {name: answers[name] if name in answers else row[name] for name in names}
 
 
-def observe_tflite(path: Path, rows: Sequence[dict[str, Array]], observer: str) -> dict[str, Range]:
-    """By name, the range of every float tensor that a TFLite graph takes or computes; see ``observe_onnx``.
+def run_tflite(path: Path, rows: Sequence[dict[str, Array]]) -> Iterator[dict[str, Array]]:
+    """By name, every float tensor that a TFLite graph takes or computes; see ``run_onnx``.
 
     Args:
         rows: inputs of N = 1 by the names of the file's one signature.
@@ -64,18 +76,15 @@ def observe_tflite(path: Path, rows: Sequence[dict[str, Array]], observer: str) 
 
     interpreter = Interpreter(model_path=str(path), experimental_preserve_all_tensors=True, num_threads=1)
     runner = interpreter.get_signature_runner()
-    stored = _stored(path)
+    stored = stored_tensors(path)
     tensors = {
         detail["index"]: detail["name"]
         for detail in interpreter.get_tensor_details()
         if detail["dtype"] is np.float32 and detail["name"] and detail["index"] not in stored
     }
-    histograms = {at: Histogram(counting=observer != "min-max") for at in tensors}
     for row in rows:
         runner(**row)
-        for at, name in tensors.items():
-            _watch(histograms[at], _content(interpreter, at), name)
-    return {tensors[at]: find_range(observer, histogram) for at, histogram in histograms.items()}
+        yield {name: _content(interpreter, at) for at, name in tensors.items()}
 
 
 def _content(interpreter: Any, at: int) -> Array:
@@ -85,7 +94,8 @@ def _content(interpreter: Any, at: int) -> Array:
         return np.zeros(0, np.float32)
 
 
-def _stored(path: Path) -> set[int]:
+def stored_tensors(path: Path) -> set[int]:
+    """The tensors of a TFLite file's first graph whose values are in the file, by index."""
     from ai_edge_quantizer.utils import tfl_flatbuffer_utils
 
     model = tfl_flatbuffer_utils.read_model(str(path))

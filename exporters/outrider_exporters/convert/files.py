@@ -5,17 +5,26 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from outrider_exporters.convert.quiet import quiet
-from outrider_exporters.rows import Predict, example_rows
+from outrider_exporters.rows import (
+    Predict,
+    Sizes,
+    count_rows,
+    example_rows,
+    fed_back,
+    free_axes,
+    resize_axes,
+    sizes_text,
+)
 from outrider_runtimes.bound import BoundSession
 from outrider_runtimes.engines import Engine, FileTensor, Session, find_engines
-from outrider_runtimes.errors import ExportError, NoEngine, OutriderError
+from outrider_runtimes.errors import ExportError, InferenceError, NoEngine, OutriderError
 from outrider_runtimes.tensors import (
     Array,
     Binding,
@@ -42,6 +51,8 @@ class ModelFile:
         precision: ``"float32"``, ``"int8"``.
         binding: how its tensors are made from the interface's.
         scheme: how it was made, in one word (``"float32"``, ``"qdq-s8s8-per-channel"``).
+        sizes: of the interface's free axes, at which it is checked beside the example's: where its binding has
+            signatures all that it takes, else some.
     """
 
     path: Path
@@ -49,6 +60,7 @@ class ModelFile:
     precision: str
     binding: Binding
     scheme: str
+    sizes: tuple[Sizes, ...] = ()
 
 
 def engine_for(model_format: str) -> Engine:
@@ -107,19 +119,42 @@ def output_range(array: Array) -> float:
     return float(np.ptp(finite)) or float(np.abs(finite).max()) or 1.0
 
 
-def bind(interface: Interface, session: Session, *, channel_last: bool) -> Binding:
+def bind(
+    interface: Interface,
+    session: Session,
+    *,
+    channel_last: bool,
+    signatures: Sequence[Mapping[str, tuple[int, ...]]] = (),
+) -> Binding:
     """The binding of a file that was just converted, its tensors in the interface's order.
 
     Args:
         channel_last: whether 4-axis NCHW tensors became NHWC.
+        signatures: the shapes that the file was made for; without any its axes must be as free as the interface's.
 
     Raises:
-        ExportError: the converter dropped or reshaped a tensor.
+        ExportError: the converter dropped or reshaped a tensor, or fixed a size.
     """
-    return Binding(
+    binding = Binding(
         inputs=_bind_side("input", interface.inputs, session.inputs, channel_last),
         outputs=_bind_side("output", interface.outputs, session.outputs, channel_last),
+        signatures=tuple(signatures),
     )
+    if not signatures:
+        _check_free(interface.inputs, binding.inputs)
+        _check_free(interface.outputs, binding.outputs)
+    return binding
+
+
+def signature_shapes(interface: Interface, sizes: Sequence[Sizes]) -> tuple[dict[str, tuple[int, ...]], ...]:
+    """The shapes of a channel-last file of one row for some sizes of the interface's free axes, by input."""
+
+    def shape(spec: TensorSpec, given: Sizes) -> tuple[int, ...]:
+        free = free_axes(spec)
+        sized = [given[free[at]] if at in free else 1 if size is None else size for at, size in enumerate(spec.shape)]
+        return tuple(sized[at] for at in TO_CHANNEL_LAST) if is_channel_first(spec) else tuple(sized)
+
+    return tuple({spec.name: shape(spec, given) for spec in interface.inputs} for given in sizes)
 
 
 def is_channel_first(spec: TensorSpec) -> bool:
@@ -128,26 +163,60 @@ def is_channel_first(spec: TensorSpec) -> bool:
 
 
 def check_file(file: ModelFile, interface: Interface, example: Tensors, reference: Predict | None = None) -> None:
-    """Load a file and run it on one and on several rows; compare it with the reference where there is one.
+    """Load a file and run it on one and on several rows, and at other sizes of free axes; compare it with the reference
+    where there is one, with the state fed back over several calls.
 
     Raises:
         ModelLoadError, InferenceError: the engine refused or failed.
         ExportError: outputs of another dtype or shape than the interface's, or far from the reference.
     """
     predict = predict_file(file, interface)
-    for rows in CHECK_ROWS if any(spec.batched for spec in interface.inputs) else (1,):
-        inputs = example_rows(example, interface, rows)
-        outputs = predict(inputs)
+    for inputs, where in inputs_to_check(file, interface, example):
+        outputs = _answered(predict, inputs, file, where)
         for spec in interface.outputs:
-            _check_output(spec, outputs[spec.name], rows, file)
+            _check_output(spec, outputs[spec.name], count_rows(inputs, interface), file)
         if reference is not None:
-            error = parity(reference(inputs), outputs)
+            error = parity(fed_back(reference, interface)(inputs), fed_back(predict, interface)(inputs))
             if not error <= BROKEN_PARITY:
                 raise ExportError(
                     f"the converted {file.format} file answers differently from the network: {error:.2g} of the output "
-                    f"range at N = {rows}, at most {BROKEN_PARITY:g} expected",
+                    f"range at {where}, at most {BROKEN_PARITY:g} expected",
                     hint="look for random numbers or conditions on values in forward",
                 )
+
+
+def _answered(predict: Predict, inputs: Tensors, file: ModelFile, where: str) -> dict[str, Array]:
+    """What the file gives; that it cannot take a size is the converter's failure, not the engine's."""
+    try:
+        return predict(inputs)
+    except InferenceError as error:
+        if where not in map(sizes_text, file.sizes):
+            raise
+        raise ExportError(
+            f"the converted {file.format} file cannot take {where}: {error}",
+            hint="use x.shape in forward, not a number; a loop over a free axis has the example's number of steps",
+        ) from error
+
+
+def parity_at_sizes(
+    file: ModelFile, interface: Interface, reference: Predict, predict: Predict, rows: Tensors
+) -> float:
+    """The largest ``parity`` over the rows as they are and at the other sizes that the file is checked at, with the
+    state fed back over several calls. Raises ExportError."""
+    theirs, ours = fed_back(reference, interface), fed_back(predict, interface)
+    sized = [rows, *(resize_axes(rows, interface.inputs, sizes) for sizes in file.sizes)]
+    return max(parity(theirs(inputs), ours(inputs)) for inputs in sized)
+
+
+def inputs_to_check(file: ModelFile, interface: Interface, example: Tensors) -> Iterator[tuple[dict[str, Array], str]]:
+    """What a file is run on before it is kept, and what that is called: some rows, and other sizes of free axes."""
+    batched = any(spec.batched for spec in interface.inputs)
+    for rows in CHECK_ROWS if batched else (1,):
+        inputs = example_rows(example, interface, rows)
+        if not (file.binding.signatures and file.sizes):
+            yield inputs, f"N = {rows}"
+    for sizes in file.sizes:
+        yield resize_axes(inputs, interface.inputs, sizes), sizes_text(sizes)
 
 
 @contextlib.contextmanager
@@ -232,6 +301,17 @@ def _compatible(shape: Shape, wanted: Shape) -> bool:
     return len(shape) == len(wanted) and all(
         size is None or want is None or size == want for size, want in zip(shape, wanted, strict=True)
     )
+
+
+def _check_free(specs: Sequence[TensorSpec], bound: Sequence[TensorBinding]) -> None:
+    for spec, item in zip(specs, bound, strict=True):
+        for axis, letter in free_axes(spec).items():
+            place = item.permutation.index(axis) if item.permutation else axis
+            if item.shape[place] is not None:
+                raise ExportError(
+                    f"the converter fixed {letter} of {spec.name!r} to {item.shape[place]}",
+                    hint="use x.shape in forward, not a number; or leave the letter out of dynamic_axes",
+                )
 
 
 def _check_output(spec: TensorSpec, array: Array, rows: int, file: ModelFile) -> None:

@@ -1,4 +1,7 @@
-"""Batch norm behind a transposed convolution into its weights; the converters do it for other convolutions only."""
+"""Batch norm into the weights of the layer before it.
+
+The converters do it for convolutions other than transposed ones; training under quantization does it first for all.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CLOSE = 1e-4  # of the largest output; the two orders of rounding differ by a hundredth of it
 
@@ -30,20 +34,60 @@ def fuse_transposed(network: nn.Module, arguments: Sequence[torch.Tensor]) -> nn
     """
     if not any(isinstance(layer, TRANSPOSED) for layer in network.modules()):
         return network
-    pairs = _pairs(network, arguments)
+    pairs = _pairs(network, arguments, TRANSPOSED)
     if not pairs:
         return network
     fused = copy.deepcopy(network)
     for conv, norm in pairs:
-        layer: Any = fused.get_submodule(conv)
-        follower: Any = fused.get_submodule(norm)
-        fused.set_submodule(conv, fuse_conv_bn_eval(layer, follower, transpose=True))
-        fused.set_submodule(norm, nn.Identity())
+        _fold(fused, conv, norm)
     return fused if _same(network, fused, arguments) else network
 
 
-def _pairs(network: nn.Module, arguments: Sequence[torch.Tensor]) -> list[tuple[str, str]]:
-    """Names of (ConvTranspose, batch norm) where the second takes what the first gave, both called once."""
+def fold_norms(network: nn.Module, arguments: Sequence[torch.Tensor]) -> tuple[str, ...]:
+    """Fold, in place, every batch norm right behind a convolution or dense layer that can be folded.
+
+    A layer's parameters are trained where they were, and a bias that the norm brings where the norm's was.
+
+    Args:
+        network: in evaluation mode.
+        arguments: see ``fuse_transposed``.
+
+    Returns:
+        The paths of the norms that are gone; of those that remain something else looks at what they take.
+    """
+    folded = []
+    for layer, norm in _pairs(network, arguments, FOLDABLE):
+        before: tuple[Any, Any] = (network.get_submodule(layer), network.get_submodule(norm))
+        if len(before[0].weight) != before[1].num_features:
+            continue  # a dense layer over three axes gives other channels than the norm takes
+        with torch.no_grad():
+            exact = network(*arguments)
+        _fold(network, layer, norm)
+        if _close(exact, network, arguments):
+            folded.append(norm)
+        else:
+            network.set_submodule(layer, before[0])
+            network.set_submodule(norm, before[1])
+    return tuple(folded)
+
+
+def _fold(network: nn.Module, name: str, norm: str) -> None:
+    layer: Any = network.get_submodule(name)
+    follower: Any = network.get_submodule(norm)
+    if isinstance(layer, nn.Linear):
+        fused: Any = fuse_linear_bn_eval(layer, follower)
+    else:
+        fused = fuse_conv_bn_eval(layer, follower, transpose=isinstance(layer, TRANSPOSED))
+    if layer.bias is None and follower.bias is not None:
+        fused.bias.requires_grad_(follower.bias.requires_grad)
+    network.set_submodule(name, fused)
+    network.set_submodule(norm, nn.Identity())
+
+
+def _pairs(
+    network: nn.Module, arguments: Sequence[torch.Tensor], layers: tuple[type[nn.Module], ...]
+) -> list[tuple[str, str]]:
+    """Names of (layer, batch norm) where the second takes what the first gave, both called once."""
     calls: list[tuple[str, nn.Module, Any, Any]] = []
 
     def hook(name: str) -> Any:
@@ -52,7 +96,7 @@ def _pairs(network: nn.Module, arguments: Sequence[torch.Tensor]) -> list[tuple[
     handles = [
         layer.register_forward_hook(hook(name))
         for name, layer in network.named_modules()
-        if isinstance(layer, TRANSPOSED + NORMS)
+        if isinstance(layer, layers + NORMS)
     ]
     try:
         with torch.no_grad():
@@ -64,7 +108,7 @@ def _pairs(network: nn.Module, arguments: Sequence[torch.Tensor]) -> list[tuple[
     return [
         (first[0], second[0])
         for first, second in itertools.pairwise(calls)
-        if isinstance(first[1], TRANSPOSED) and _has_statistics(second[1]) and second[2] is first[3]
+        if isinstance(first[1], layers) and _has_statistics(second[1]) and second[2] is first[3]
         if names.count(first[0]) == names.count(second[0]) == 1
     ]
 
@@ -75,9 +119,13 @@ def _has_statistics(layer: nn.Module) -> bool:
 
 def _same(network: nn.Module, fused: nn.Module, arguments: Sequence[torch.Tensor]) -> bool:
     with torch.no_grad():
-        pairs = zip(network(*arguments), fused(*arguments), strict=True)
+        return _close(network(*arguments), fused, arguments)
+
+
+def _close(wanted: Sequence[torch.Tensor], fused: nn.Module, arguments: Sequence[torch.Tensor]) -> bool:
+    with torch.no_grad():
         return all(
             bool((exact - close).abs().max() <= CLOSE * exact.abs().max().clamp(min=1e-30))
-            for exact, close in pairs
+            for exact, close in zip(wanted, fused(*arguments), strict=True)
             if exact.dtype.is_floating_point and exact.numel()
         )

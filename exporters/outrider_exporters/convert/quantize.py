@@ -19,10 +19,12 @@ from outrider_exporters.convert.files import (
     open_session,
 )
 from outrider_exporters.convert.observers import Range
+from outrider_exporters.convert.onnx_graphs import graphs_of
 from outrider_exporters.convert.quiet import quiet
-from outrider_exporters.convert.write_onnx import write_onnx
-from outrider_exporters.convert.write_tflite import write_tflite
-from outrider_exporters.known_gaps import find_gap
+from outrider_exporters.convert.trained import Trained, check_scales, ranges_of
+from outrider_exporters.convert.write_onnx import activation_scales_onnx, activations_onnx, write_onnx
+from outrider_exporters.convert.write_tflite import activation_scales_tflite, activations_tflite, write_tflite
+from outrider_exporters.known_gaps import SEVERAL_SIGNATURES, find_gap
 from outrider_exporters.passes.quantize import Quantize
 from outrider_exporters.rows import count_rows
 from outrider_runtimes.bound import input_converter
@@ -48,7 +50,13 @@ _QUANTIZED_OPERATORS = ("Quantize", "QLinear", "Integer", "NBits", "QGemm", "QAt
 
 
 def quantize_onnx(
-    source: ModelFile, calibration: Sequence[Tensors], interface: Interface, path: Path, *, rule: Quantize | None = None
+    source: ModelFile,
+    calibration: Sequence[Tensors],
+    interface: Interface,
+    path: Path,
+    *,
+    rule: Quantize | None = None,
+    trained: Trained | None = None,
 ) -> ModelFile:
     """A float32 ONNX file made smaller under a rule. Inputs and outputs stay float.
 
@@ -57,23 +65,31 @@ def quantize_onnx(
             all of them; the finished file is run on the first.
         path: written in one step, once the file was loaded and run.
         rule: see Quantize; static int8 when left out.
+        trained: what the network of the file learned with; ``int8`` then takes the ranges of activations from there.
 
     Raises:
         InputError: a calibration row is not what the interface says; the message says which.
         ConfigError: ``keep_float`` names what the file does not have.
-        ExportError: no calibration rows, an already quantized file, or next to nothing could be quantized.
+        ExportError: no calibration rows, an already quantized file, next to nothing could be quantized, or the file
+            rounds a tensor that was not trained to be rounded.
     """
-    return _quantize(source, calibration, interface, path, rule=rule or Quantize(), model_format="onnx")
+    return _quantize(source, calibration, interface, path, rule=rule or Quantize(), trained=trained, kind="onnx")
 
 
 def quantize_tflite(
-    source: ModelFile, calibration: Sequence[Tensors], interface: Interface, path: Path, *, rule: Quantize | None = None
+    source: ModelFile,
+    calibration: Sequence[Tensors],
+    interface: Interface,
+    path: Path,
+    *,
+    rule: Quantize | None = None,
+    trained: Trained | None = None,
 ) -> ModelFile:
     """A float32 TFLite file made smaller under a rule. Arguments and errors: see ``quantize_onnx``.
 
     Static int8 has int8 inputs and outputs, whose scales are in the binding; the other schemes keep them float.
     """
-    return _quantize(source, calibration, interface, path, rule=rule or Quantize(), model_format="tflite")
+    return _quantize(source, calibration, interface, path, rule=rule or Quantize(), trained=trained, kind="tflite")
 
 
 def _quantize(
@@ -83,14 +99,21 @@ def _quantize(
     path: Path,
     *,
     rule: Quantize,
-    model_format: str,
+    trained: Trained | None,
+    kind: str,
 ) -> ModelFile:
-    _check_format(source, model_format)
-    tool = _TOOLS[model_format]
+    _check_format(source, kind)
+    tool = _TOOLS[kind]
+    _refuse_signatures(source, rule)
     rows = encoded_rows(source, calibration, interface, batch=CALIBRATION_BATCH)
     _refuse_quantized(source, tool.is_quantized(source.path))
+    learned = trained if rule.scheme == "int8" else None
+    ranges = None if learned is None else trained_ranges(source, interface, learned)
     with kept_when_good(path) as part:
-        file = write_file(source, rows, interface, part, rule=rule)
+        file = write_file(source, rows, interface, part, rule=rule, ranges=ranges)
+        if learned is not None:
+            check_trained(file, learned)
+            file = replace(file, scheme=f"{file.scheme}-trained")
         check_share(file, source, rule)
         check_file(file, interface, calibration[0])
     return replace(file, path=path)
@@ -119,14 +142,28 @@ def write_file(
         tool.write(source.path, rows, path, rule, ranges)
     # As the float file is: an existing .tflite that takes NCHW goes on taking it.
     turned = any(item.permutation for item in (*source.binding.inputs, *source.binding.outputs))
-    binding = bind(interface, open_session(path, source.format), channel_last=turned)
+    session, signatures = open_session(path, source.format), source.binding.signatures
     return ModelFile(
         path=path,
         format=source.format,
         precision=PRECISIONS.get(rule.scheme, "int8"),
-        binding=binding,
+        binding=bind(interface, session, channel_last=turned, signatures=signatures),
         scheme=scheme_name(source.format, rule),
+        sizes=source.sizes,
     )
+
+
+def trained_ranges(source: ModelFile, interface: Interface, trained: Trained) -> dict[str, Range]:
+    """The ranges for ``write_file`` that the network of a float32 file learned with. Raises ExportError."""
+    tool = _TOOLS[source.format]
+    rows = encoded_rows(source, [trained.inputs], interface, batch=1)
+    with _guarded(tool.name, source):
+        return ranges_of(trained, tool.activations(source.path, rows))
+
+
+def check_trained(file: ModelFile, trained: Trained) -> None:
+    """Raise ExportError where a static int8 file rounds a tensor otherwise than its network learned to."""
+    check_scales(trained, _TOOLS[file.format].scales(file.path), f"the {file.format} file")
 
 
 def scheme_name(model_format: str, rule: Quantize) -> str:
@@ -150,7 +187,7 @@ def is_quantized_onnx(path: Path) -> bool:
 
     types = onnx.TensorProto
     small = {types.INT8, types.UINT8, types.INT4, types.UINT4}
-    graphs = list(_graphs(_load_onnx(path).graph))
+    graphs = list(graphs_of(_load_onnx(path).graph))
     return any(mark in node.op_type for graph in graphs for node in graph.node for mark in _QUANTIZED_OPERATORS) or any(
         len(weight.dims) >= 2 and weight.data_type in small for graph in graphs for weight in graph.initializer
     )
@@ -169,7 +206,7 @@ def quantized_share_onnx(path: Path) -> float:
     small = {types.INT8, types.UINT8, types.INT4, types.UINT4, types.FLOAT16}
     wide = {types.FLOAT, types.DOUBLE}
     quantized = floating = 0
-    for graph in _graphs(_load_onnx(path).graph):
+    for graph in graphs_of(_load_onnx(path).graph):
         packed = {node.input[1] for node in graph.node if node.op_type == "MatMulNBits"}  # two in a byte
         for weight in (w for w in graph.initializer if len(w.dims) >= 2 and not w.name.endswith(_SCALES)):
             elements = int(np.prod(weight.dims))
@@ -200,6 +237,12 @@ def _check_format(source: ModelFile, wanted: str) -> None:
         raise ExportError(f"{source.path.name} is a {source.format} file, expected {wanted}")
 
 
+def _refuse_signatures(source: ModelFile, rule: Quantize) -> None:
+    gap = find_gap(source.format, rule.scheme, operators={SEVERAL_SIGNATURES})
+    if gap is not None and len(source.binding.signatures) > 1:
+        raise ExportError(f"{source.path.name}: {gap.network}: {gap.reason}", hint=gap.instead)
+
+
 def _refuse_quantized(source: ModelFile, quantized: bool) -> None:
     if quantized or source.precision != "float32":
         raise ExportError(
@@ -225,7 +268,7 @@ def _operator_types(source: ModelFile) -> set[str]:
     """As the list of known gaps calls them; it has none of TFLite's for quantization."""
     if source.format != "onnx":
         return set()
-    return {node.op_type for graph in _graphs(_load_onnx(source.path).graph) for node in graph.node}
+    return {node.op_type for graph in graphs_of(_load_onnx(source.path).graph) for node in graph.node}
 
 
 @contextlib.contextmanager
@@ -287,15 +330,6 @@ def _load_onnx(path: Path) -> Any:
         raise ExportError(f"{path.name} is no ONNX file: {first_line(error)}") from error
 
 
-def _graphs(graph: Any) -> Iterator[Any]:
-    """A graph and the graphs within its nodes."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-                yield from _graphs(inner)
-
-
 def _tflite_tensors(path: Path) -> list[tuple[Any, bool]]:
     """Each tensor of a TFLite file, and whether its values are stored in the file."""
     try:
@@ -319,11 +353,25 @@ class _Tool:
     write: Write
     share: Callable[[Path], float]
     is_quantized: Callable[[Path], bool]
+    activations: Callable[[Path, Sequence[dict[str, Array]]], Iterator[dict[str, Array]]]
+    scales: Callable[[Path], dict[str, float]]
 
 
 _TOOLS = {
-    "onnx": _Tool(name="ONNX Runtime", write=write_onnx, share=quantized_share_onnx, is_quantized=is_quantized_onnx),
+    "onnx": _Tool(
+        name="ONNX Runtime",
+        write=write_onnx,
+        share=quantized_share_onnx,
+        is_quantized=is_quantized_onnx,
+        activations=activations_onnx,
+        scales=activation_scales_onnx,
+    ),
     "tflite": _Tool(
-        name="AI Edge Quantizer", write=write_tflite, share=quantized_share_tflite, is_quantized=is_quantized_tflite
+        name="AI Edge Quantizer",
+        write=write_tflite,
+        share=quantized_share_tflite,
+        is_quantized=is_quantized_tflite,
+        activations=activations_tflite,
+        scales=activation_scales_tflite,
     ),
 }

@@ -10,8 +10,16 @@ from pathlib import Path
 
 from outrider_exporters.convert.files import ModelFile, check_file, parity, predict_file
 from outrider_exporters.convert.losers import Loser, find_losers, keep_until, pairs_of
-from outrider_exporters.convert.quantize import CALIBRATION_BATCH, check_share, encoded_rows, write_file
+from outrider_exporters.convert.quantize import (
+    CALIBRATION_BATCH,
+    check_share,
+    check_trained,
+    encoded_rows,
+    trained_ranges,
+    write_file,
+)
 from outrider_exporters.convert.quiet import quiet
+from outrider_exporters.convert.trained import Trained
 from outrider_exporters.convert.write_onnx import examine_onnx
 from outrider_exporters.convert.write_tflite import examine_tflite
 from outrider_exporters.data import draw_rows
@@ -50,7 +58,14 @@ class Rescue:
 class _Bench:
     """One float file whose ranges were observed once, made again with other operators in float."""
 
-    def __init__(self, source: ModelFile, calibration: Sequence[Tensors], interface: Interface, rule: Quantize) -> None:
+    def __init__(
+        self,
+        source: ModelFile,
+        calibration: Sequence[Tensors],
+        interface: Interface,
+        rule: Quantize,
+        trained: Trained | None = None,
+    ) -> None:
         self._source, self._interface, self.rule = source, interface, rule
         self._rows = encoded_rows(source, calibration, interface, batch=CALIBRATION_BATCH)
         self._inputs = draw_rows(calibration[0], interface, rows=EXAMINED_ROWS, seed=0)
@@ -58,6 +73,8 @@ class _Bench:
         with quiet():
             examine = examine_onnx if source.format == "onnx" else examine_tflite
             self.operators, self._ranges = examine(source.path, self._rows, rule)
+        if trained is not None:
+            self._ranges = trained_ranges(source, interface, trained)
 
     def make(self, names: Sequence[str], path: Path) -> ModelFile:
         """The file with these operators in float besides those that the rule names."""
@@ -108,6 +125,7 @@ def rescue(
     *,
     holds: Callable[[ModelFile], bool],
     rule: Quantize | None = None,
+    trained: Trained | None = None,
     on_trial: OnTrial | None = None,
 ) -> Rescue | None:
     """An int8 file with the fewest layers in float with which a bound holds.
@@ -117,6 +135,7 @@ def rescue(
         path: of the file; written in one step, nothing is left there where no such file was found.
         holds: whether a file meets the bound; the file is gone afterwards.
         rule: of scheme ``int8``; what it keeps in float already stays.
+        trained: see ``quantize_onnx``.
         on_trial: see ``losers_of``.
 
     Returns:
@@ -125,7 +144,7 @@ def rescue(
     Raises:
         InputError, ExportError: as ``quantize_onnx``.
     """
-    bench = _Bench(source, calibration, interface, rule or Quantize())
+    bench = _Bench(source, calibration, interface, rule or Quantize(), trained)
     losers = _losers(bench, on_trial)
     if not losers:
         return None
@@ -145,10 +164,13 @@ def rescue(
         return None
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file = bench.make(_names(kept), Path(folder) / path.name)
+        if trained is not None:
+            check_trained(file, trained)
         check_file(file, interface, calibration[0])
         file.path.replace(path)
     rule = bench.rule_with(_names(kept))
-    return Rescue(file=replace(file, path=path), rule=rule, kept=kept, losers=losers)
+    scheme = file.scheme if trained is None else f"{file.scheme}-trained"
+    return Rescue(file=replace(file, path=path, scheme=scheme), rule=rule, kept=kept, losers=losers)
 
 
 def _losers(bench: _Bench, on_trial: OnTrial | None) -> tuple[Loser, ...]:

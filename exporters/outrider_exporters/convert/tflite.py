@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,16 +18,19 @@ from outrider_exporters.convert.files import (
     is_channel_first,
     kept_when_good,
     open_session,
+    signature_shapes,
 )
 from outrider_exporters.convert.fuse import fuse_transposed
 from outrider_exporters.convert.quiet import quiet
-from outrider_exporters.rows import example_rows
+from outrider_exporters.rows import Sizes, example_rows, free_letters, resize_axes
 from outrider_exporters.sources.module import PositionalModule, as_tensors, torch_predict
-from outrider_runtimes.errors import MissingExtra, ModelLoadError, OutriderError
-from outrider_runtimes.tensors import Array, Interface, Tensors
+from outrider_runtimes.errors import ExportError, MissingExtra, ModelLoadError, OutriderError
+from outrider_runtimes.tensors import Interface, Tensors
 
 
-def to_tflite(module: nn.Module, interface: Interface, example: Tensors, path: Path) -> ModelFile:
+def to_tflite(
+    module: nn.Module, interface: Interface, example: Tensors, path: Path, *, sizes: Sequence[Sizes] = ()
+) -> ModelFile:
     """Write a network as one float32 TFLite file with N = 1, checked against the network.
 
     NCHW tensors become NHWC, 64-bit tensors 32-bit; the binding says so.
@@ -33,18 +39,31 @@ def to_tflite(module: nn.Module, interface: Interface, example: Tensors, path: P
         module: left as it is; the file has its evaluation mode.
         example: at least one row.
         path: written in one step, once the file was loaded and its answers compared.
+        sizes: of the axes that the interface leaves free: the file gets a signature for each, which share the weights.
 
     Raises:
         ExportError: the network cannot be converted, or the file answers differently. Nothing was written.
         MissingExtra: litert-torch is not installed.
     """
+    if not sizes and free_letters(interface.inputs):
+        raise ExportError(
+            f"TFLite has fixed sizes, and {', '.join(free_letters(interface.inputs))} is free",
+            hint='shapes={"T": [8, 16]} makes a signature for each size of T',
+        )
     runner = PositionalModule(module, [s.name for s in interface.inputs], [s.name for s in interface.outputs])
-    row = list(example_rows(example, interface, 1).values())
+    row = example_rows(example, interface, 1)
+    shapes = signature_shapes(interface, sizes)
     try:
         with kept_when_good(path) as part:
-            _export(runner, interface, row, part)
-            binding = bind(interface, open_session(part, "tflite"), channel_last=True)
-            file = ModelFile(path=part, format="tflite", precision="float32", binding=binding, scheme="float32")
+            _export(runner, interface, [resize_axes(row, interface.inputs, given) for given in sizes or ({},)], part)
+            file = ModelFile(
+                path=part,
+                format="tflite",
+                precision="float32",
+                binding=bind(interface, open_session(part, "tflite"), channel_last=True, signatures=shapes),
+                scheme="float32",
+                sizes=tuple(sizes),
+            )
             check_file(file, interface, example, torch_predict(module, interface))
     except ModelLoadError as error:
         raise conversion_error(error, module, "tflite") from error
@@ -52,10 +71,11 @@ def to_tflite(module: nn.Module, interface: Interface, example: Tensors, path: P
         raise
     except Exception as error:
         raise conversion_error(error, module, "tflite") from error
-    return ModelFile(path=path, format="tflite", precision="float32", binding=binding, scheme="float32")
+    return replace(file, path=path)
 
 
-def _export(runner: PositionalModule, interface: Interface, row: list[Array], path: Path) -> None:
+def _export(runner: PositionalModule, interface: Interface, rows: Sequence[Tensors], path: Path) -> None:
+    """Args: rows: one row of inputs for each signature."""
     turned_in = [at for at, spec in enumerate(interface.inputs) if is_channel_first(spec)]
     turned_out = [at for at, spec in enumerate(interface.outputs) if is_channel_first(spec)]
     with quiet():
@@ -63,13 +83,21 @@ def _export(runner: PositionalModule, interface: Interface, row: list[Array], pa
             import litert_torch
         except ImportError as error:
             raise MissingExtra("litert-torch", extra="export", purpose="converting to TFLite") from error
-        arguments = list(as_tensors(row))
-        for at in turned_in:
-            arguments[at] = arguments[at].permute(0, 2, 3, 1).contiguous()
-        network = fuse_transposed(runner, as_tensors(row))
+        network = fuse_transposed(runner, as_tensors(list(rows[0].values())))
         if turned_in or turned_out:
             network = litert_torch.to_channel_last_io(network, args=turned_in, outputs=turned_out).eval()
         with torch.no_grad():
-            model = litert_torch.convert(network, tuple(arguments))
+            if len(rows) == 1:
+                model = litert_torch.convert(network, _arguments(rows[0], turned_in))
+            else:
+                converter: Any = litert_torch
+                for at, row in enumerate(rows):
+                    converter = converter.signature(f"shape_{at}", network, _arguments(row, turned_in))
+                model = converter.convert()
             # Its own export(path) ends the whole process when the disk is full.
             path.write_bytes(model.model_content())
+
+
+def _arguments(row: Tensors, turned: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    arguments = as_tensors(list(row.values()))
+    return tuple(a.permute(0, 2, 3, 1).contiguous() if at in turned else a for at, a in enumerate(arguments))

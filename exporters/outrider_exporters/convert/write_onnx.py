@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from outrider_exporters.convert import onnx_weights
-from outrider_exporters.convert.activations import observe_onnx
+from outrider_exporters.convert.activations import observe, run_onnx
 from outrider_exporters.convert.observers import Range
 from outrider_exporters.convert.operators import Operator, find_named, onnx_operators
 from outrider_runtimes.errors import MissingExtra
@@ -32,7 +32,7 @@ def write_onnx(source: Path, rows: Rows, path: Path, rule: Quantize, ranges: Map
     model = _prepared(source, path.with_name("prepared.onnx"))
     kept = find_named(onnx_operators(model), rule.keep_float, "onnx")
     if rule.scheme == "int8":
-        found = observe_onnx(model, rows, rule.observer) if ranges is None else ranges
+        found = observe(run_onnx(model, rows), rule.observer) if ranges is None else ranges
         _write_static(model, rows[:1], path, rule, kept, ranges=found)
     else:
         WRITERS[rule.scheme](model, path, rule, kept)
@@ -40,9 +40,32 @@ def write_onnx(source: Path, rows: Rows, path: Path, rule: Quantize, ranges: Map
 
 def examine_onnx(source: Path, rows: Rows, rule: Quantize) -> tuple[tuple[Operator, ...], dict[str, Range]]:
     """The operators that a rule may name, and the ranges that ``write_onnx`` would observe."""
+    model = _prepared_apart(source)
+    return onnx_operators(model), observe(run_onnx(model, rows), rule.observer)
+
+
+def activations_onnx(source: Path, rows: Rows) -> Iterator[dict[str, Array]]:
+    """Every float tensor of the graph that ``write_onnx`` quantizes, by name, one dictionary a row."""
+    return run_onnx(_prepared_apart(source), rows)
+
+
+def activation_scales_onnx(path: Path) -> dict[str, float]:
+    """The scale of every computed tensor that a static int8 file rounds, by its name in the float file."""
+    import onnx
+
+    stored = {item.name: onnx.numpy_helper.to_array(item) for item in onnx.load(str(path)).graph.initializer}
+    scales = {name.removesuffix("_scale"): array for name, array in stored.items() if name.endswith("_scale")}
+    return {name: float(array.item()) for name, array in scales.items() if not _is_stored(name, stored)}
+
+
+def _is_stored(name: str, stored: Collection[str]) -> bool:
+    """Whether what has a scale is a constant; a bias's scale is called after its integers."""
+    return name in stored or f"{name}_quantized" in stored or name.endswith("_quantized")
+
+
+def _prepared_apart(source: Path) -> Any:
     with tempfile.TemporaryDirectory() as folder:
-        model = _prepared(source, Path(folder) / "prepared.onnx")
-    return onnx_operators(model), observe_onnx(model, rows, rule.observer)
+        return _prepared(source, Path(folder) / "prepared.onnx")
 
 
 def _prepared(source: Path, path: Path) -> Any:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from outrider_exporters.convert.activations import observe_tflite
+from outrider_exporters.convert.activations import observe, run_tflite
 from outrider_exporters.convert.observers import Range
 from outrider_exporters.convert.operators import Operator, find_named, tflite_operators
 from outrider_runtimes.errors import ExportError, MissingExtra
@@ -34,7 +34,8 @@ def write_tflite(
     worker = quantizer.Quantizer(str(source), _recipe(rule, kept))
     statistics = None
     if rule.scheme == "int8":
-        statistics = _as_statistics(source, observe_tflite(source, rows, rule.observer) if ranges is None else ranges)
+        found = observe(run_tflite(source, rows), rule.observer) if ranges is None else ranges
+        statistics = _as_statistics(source, found)
     result = worker.quantize(statistics, enable_progress_bar=False, enable_progress_report=False)
     if result.quantized_model is None:
         raise ExportError(f"AI Edge Quantizer gave nothing for {source.name}")
@@ -43,7 +44,22 @@ def write_tflite(
 
 def examine_tflite(source: Path, rows: Rows, rule: Quantize) -> tuple[tuple[Operator, ...], dict[str, Range]]:
     """The operators that a rule may name, and the ranges that ``write_tflite`` would observe."""
-    return tflite_operators(source), observe_tflite(source, rows, rule.observer)
+    return tflite_operators(source), observe(run_tflite(source, rows), rule.observer)
+
+
+def activations_tflite(source: Path, rows: Rows) -> Iterator[dict[str, Array]]:
+    """Every float tensor of the graph that ``write_tflite`` quantizes, by name, one dictionary a row of N = 1."""
+    return run_tflite(source, rows)
+
+
+def activation_scales_tflite(path: Path) -> dict[str, float]:
+    """The scale of every computed tensor that a static int8 file rounds, by name."""
+    from ai_edge_quantizer.utils import tfl_flatbuffer_utils as flatbuffers
+
+    model = flatbuffers.read_model(str(path))
+    tensors = [t for t in model.subgraphs[0].tensors if model.buffers[t.buffer].data is None]
+    found = {flatbuffers.get_tensor_name(t): t.quantization for t in tensors if t.quantization is not None}
+    return {name: float(q.scale[0]) for name, q in found.items() if q.scale is not None and len(q.scale)}
 
 
 def _recipe(rule: Quantize, kept: Sequence[str]) -> Any:

@@ -53,7 +53,11 @@ class PassContext:
     Attributes:
         interface: what the network takes and gives; its inputs are the network's positional arguments in this order.
         example: arrays by input name that fit the interface.
-        data, fit, teacher, evaluate, seed, progress: as ``export`` got them.
+        data: at the network's side of any steps around it.
+        fit, teacher, seed, progress: as ``export`` got them.
+        evaluate: of a function at the network's side; it takes rows at the caller's.
+        asked: the caller's interface and data, for ``evaluate``; None where no steps lie between.
+        network: before the passes, for what a pass refuses at once; None: nothing is known of it.
         time_networks: milliseconds a row of each network, by name; see ``passes.latency``. None: not measured.
     """
 
@@ -65,6 +69,8 @@ class PassContext:
     seed: int = 0
     progress: OnProgress = silent
     evaluate: Evaluate | None = None
+    asked: tuple[Interface, Data] | None = None
+    network: PositionalModule | None = None
     time_networks: Callable[[Mapping[str, nn.Module], PassContext], Mapping[str, float]] | None = None
 
 
@@ -106,7 +112,7 @@ class Stage:
         name: ``baseline`` or the pass's kind.
         metrics: what ``evaluate`` gave, in torch.
         parameters: of the network.
-        macs: multiply-accumulates a row.
+        macs: multiply-accumulates a row; None where they are not known.
         seconds: the step took, without its evaluation.
         detail: the pass's own figures.
     """
@@ -114,7 +120,7 @@ class Stage:
     name: str
     metrics: Mapping[str, float]
     parameters: int
-    macs: int
+    macs: int | None
     seconds: float = 0.0
     detail: Mapping[str, Any] = field(default_factory=dict)
 

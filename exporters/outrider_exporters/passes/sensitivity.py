@@ -100,8 +100,9 @@ class Sensitivity:
 
 def check_scannable(context: PassContext) -> None:
     """Raise ConfigError unless ``evaluate`` can be asked about training rows: a choice made on test rows flatters."""
-    test = context.data.test
-    pair = isinstance(test, tuple | list) and len(test) == 2 and inputs_of_test(test, context.interface) is not None
+    interface, data = context.asked or (context.interface, context.data)
+    test = data.test
+    pair = isinstance(test, tuple | list) and len(test) == 2 and inputs_of_test(test, interface) is not None
     if context.evaluate is None or not pair:
         raise ConfigError(
             "a scan asks evaluate about training rows, so data.test must have their form",
@@ -158,12 +159,13 @@ def _sizes(group: Group) -> list[int]:
 
 
 def _training_rows(context: PassContext) -> tuple[dict[str, Array], Array]:
-    if context.data.train is None:
+    interface, data = context.asked or (context.interface, context.data)
+    if data.train is None:
         raise ConfigError("a scan needs data.train", hint="Data(train=(inputs, targets), ...)")
-    inputs, targets = context.data.train
+    inputs, targets = data.train
     rng = np.random.default_rng(context.seed)
     chosen = np.sort(rng.permutation(len(targets))[:SCAN_ROWS])
-    batched = {spec.name: spec.batched for spec in context.interface.inputs}
+    batched = {spec.name: spec.batched for spec in interface.inputs}
     return {name: array[chosen] if batched[name] else array for name, array in inputs.items()}, targets[chosen]
 
 

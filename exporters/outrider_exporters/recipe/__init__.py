@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from outrider_exporters.gates import GATES, Gate, gate_to_dict
+from outrider_exporters.offload import Offload
 from outrider_exporters.passes import QAT, TRANSFORMS, Distill, Pass, Prune, Quantize
+from outrider_exporters.passes.qat import check_training
 from outrider_exporters.values import METRIC, WORDS, Metric, is_a
 from outrider_runtimes.errors import ConfigError
 
 MODEL_KEYS = {"source": "source", "file": "model_file", "checkpoint": "checkpoint", "build": "build"}
+NAMED = {"dynamic_axes": "str", "shapes": "int", "state": "str"}  # tables by tensor or letter, and of what
 Transform = Prune | Distill | QAT | Quantize
 
 
@@ -42,6 +45,7 @@ class Recipe:
                     hint="put quantize last",
                 )
             quantized = isinstance(item, Quantize)
+        check_training(self.passes)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -88,6 +92,7 @@ class RecipeFile:
             builds the network for them, instead of the function's ``model``.
         name: the bundle's, or None for the output file's.
         version, formats, targets, labels, seed: as ``export`` takes them; no formats are all that can be made.
+        dynamic_axes, shapes, state: as ``export`` takes them, each a table.
     """
 
     path: str = ""
@@ -101,8 +106,12 @@ class RecipeFile:
     targets: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     seed: int = 0
+    dynamic_axes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    shapes: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
+    state: Mapping[str, str] = dataclasses.field(default_factory=dict)
     recipe: Recipe = Recipe()
     gates: tuple[Gate, ...] = ()
+    offload: Offload | None = None
 
     @classmethod
     def from_toml(cls, path: str | Path) -> RecipeFile:
@@ -126,20 +135,22 @@ class RecipeFile:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RecipeFile:
         """The inverse of ``to_dict``. Raises ConfigError naming the key's path."""
-        known = {"model", "name", "version", "formats", "targets", "labels", "seed", "passes", "gates"}
-        _check_keys(data, known, "")
+        plain = {"model", "name", "version", "formats", "targets", "labels", "seed", "passes", "gates", "offload"}
+        _check_keys(data, {*plain, *NAMED}, "")
         model = data.get("model", {})
         if not isinstance(model, Mapping):
             raise ConfigError("model: expected a table", hint='[model] source = "module:function"')
         _check_keys(model, set(MODEL_KEYS), "model")
         values: dict[str, Any] = {key: _value("int", data[key], key) for key in ("version", "seed") if key in data}
         values |= {key: _texts(data[key], key) for key in ("formats", "targets", "labels") if key in data}
+        values |= {key: _named(kind, data[key], key) for key, kind in NAMED.items() if key in data}
         if "name" in data:
             values["name"] = _value("str", data["name"], "name")
         return cls(
             **{field: _value("str", model.get(key, ""), f"model.{key}") for key, field in MODEL_KEYS.items()},
             recipe=Recipe.from_dict({"passes": data.get("passes", [])}),
             gates=tuple(build(GATES, item, f"gates[{i}]") for i, item in enumerate(_tables(data, "gates"))),
+            offload=_offload(data["offload"]) if "offload" in data else None,
             **values,
         )
 
@@ -151,7 +162,18 @@ class RecipeFile:
             out["name"] = self.name
         out |= {"version": self.version, "seed": self.seed}
         out |= {key: list(getattr(self, key)) for key in ("formats", "targets", "labels") if getattr(self, key)}
+        out |= {key: _plain(getattr(self, key)) for key in NAMED if getattr(self, key)}
+        if self.offload is not None:
+            out["offload"] = dataclasses.asdict(self.offload)
         return {**out, **self.recipe.to_dict(), "gates": [gate_to_dict(gate) for gate in self.gates]}
+
+
+def _offload(table: Any) -> Offload:
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"offload: expected a table, not {table!r}", hint="[offload] alpha = 0.01")
+    _check_keys(table, {field.name for field in dataclasses.fields(Offload)}, "offload")
+    made: Offload = _fill(Offload, table, "offload", "a threshold")
+    return made
 
 
 def to_toml(data: Mapping[str, Any]) -> str:
@@ -234,6 +256,25 @@ def _texts(value: Any, path: str) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise ConfigError(f"{path}: expected a list of strings, not {value!r}")
     return tuple(_value("str", item, f"{path}[{i}]") for i, item in enumerate(value))
+
+
+def _named(type_name: str, value: Any, path: str) -> dict[str, Any]:
+    """A table of values of one type by name."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{path}: expected a table, not {value!r}", hint=f"[{path}]")
+    if type_name == "int":  # a list of them
+        return {key: _whole_numbers(item, f"{path}.{key}") for key, item in value.items()}
+    return {key: _value(type_name, item, f"{path}.{key}") for key, item in value.items()}
+
+
+def _whole_numbers(value: Any, path: str) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise ConfigError(f"{path}: expected a list of whole numbers, not {value!r}")
+    return tuple(_value("int", item, f"{path}[{i}]") for i, item in enumerate(value))
+
+
+def _plain(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value if isinstance(value, str) else list(value) for key, value in table.items()}
 
 
 def _tables(data: Mapping[str, Any], key: str) -> list[Any]:

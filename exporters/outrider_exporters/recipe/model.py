@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 ALWAYS = ("data", "evaluate")
 DESCRIBED = ("example", "outputs")  # what a network does not say of itself, and a file does
-OPTIONAL = ("fit", "teacher", "axes", "ranges", "meanings", "golden")
+OPTIONAL = ("fit", "teacher", "axes", "ranges", "meanings", "golden", "preprocessing", "postprocessing", "is_wrong")
 TOOLS = (
     "torch",
     "onnx",

@@ -12,6 +12,7 @@ from typing import Any
 
 from outrider.bundle.manifest import FORMATS, NAME
 from outrider_exporters.gates import GATES
+from outrider_exporters.offload import Offload
 from outrider_exporters.passes import TRANSFORMS
 from outrider_exporters.recipe import MODEL_KEYS
 from outrider_exporters.values import METRIC, TEXTS, Metric
@@ -48,8 +49,12 @@ def recipe_schema() -> dict[str, Any]:
             "targets": {"type": "array", "items": {"enum": list(TARGETS)}},
             "labels": dict(texts),
             "seed": {"type": "integer"},
+            "dynamic_axes": _by_name({"type": "string"}),
+            "shapes": _by_name({"type": "array", "items": {"type": "integer"}}),
+            "state": _by_name({"type": "string"}),
             "passes": {"type": "array", "items": _one_of(TRANSFORMS)},
             "gates": {"type": "array", "items": _one_of(GATES)},
+            "offload": _table(Offload),
         },
     }
 
@@ -80,6 +85,10 @@ def _table(cls: type[Any], kind: str = "") -> dict[str, Any]:
         "required": [*(["type"] if kind else []), *required],
         "properties": properties,
     }
+
+
+def _by_name(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "additionalProperties": values}
 
 
 def _type(name: str) -> Mapping[str, Any]:

@@ -10,7 +10,13 @@ from typing import Any
 from outrider_exporters.choose import Choice
 from outrider_exporters.gates import GateResult
 from outrider_exporters.layers import LayerError
+from outrider_exporters.likeness import Likeness
 from outrider_exporters.passes.base import Stage
+
+
+def count_text(count: int | None) -> str:
+    """``1,234,567``, or ``unknown``."""
+    return "unknown" if count is None else f"{count:,}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +32,8 @@ class VariantReport:
         parity: the largest difference from the torch network, as a share of the output's range.
         targets: by the name of each target that it was chosen for, whether its latency was measured.
         note: what has to be said of it, such as that it is no faster than float32; else empty.
+        latency_noise: by how much the medians of two measurements of this file differed, as a share.
+        likeness: to the float32 variant of the same format; None for that one.
     """
 
     name: str
@@ -38,6 +46,8 @@ class VariantReport:
     parity: float
     targets: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+    latency_noise: float = 0.0
+    likeness: Likeness | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON stores it."""
@@ -49,7 +59,9 @@ class VariantReport:
             "size_bytes": self.size_bytes,
             "metrics": dict(self.metrics),
             "latency_host_ms_p50": self.latency_host_ms_p50,
+            "latency_noise": round(self.latency_noise, 4),
             "parity": self.parity,
+            "likeness": None if self.likeness is None else self.likeness.to_dict(),
             "targets": dict(self.targets),
             "note": self.note,
         }
@@ -79,6 +91,8 @@ class ExportReport:
         dropped: why, by the name of the candidate.
         layers: by the name of a quantized variant, the error of each of its layers; of every one in the bundle where
             a report was asked for, else of those that missed a gate.
+        offload: which answers are uncertain, where it was asked for; see ``outrider.bundle.OffloadRule``.
+        quantization: which quantized forms beat float32, with the figures; see ``Worth.to_dict``.
     """
 
     name: str
@@ -102,6 +116,8 @@ class ExportReport:
     passed_over: tuple[VariantReport, ...] = ()
     dropped: Mapping[str, str] = field(default_factory=dict)
     layers: Mapping[str, tuple[LayerError, ...]] = field(default_factory=dict)
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    offload: Mapping[str, Any] = field(default_factory=dict)
 
     def variant(self, name: str) -> VariantReport:
         """The variant of that name. Raises KeyError."""
@@ -126,10 +142,12 @@ class ExportReport:
             "targets": list(self.targets),
             "seconds": round(self.seconds, 3),
             "seed": self.seed,
+            "offload": dict(self.offload),
             "asked": dict(self.asked),
             "command": self.command,
             "choices": [choice.to_dict() for choice in self.choices],
             "passed_over": [variant.to_dict() for variant in self.passed_over],
             "dropped": dict(self.dropped),
             "layers": {name: [layer.to_dict() for layer in layers] for name, layers in self.layers.items()},
+            "quantization": dict(self.quantization),
         }

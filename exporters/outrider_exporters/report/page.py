@@ -8,9 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from outrider_exporters.convert.files import kept_when_good
 from outrider_exporters.progress import duration_text
 from outrider_exporters.recipe import to_toml
+from outrider_exporters.report import count_text
 from outrider_exporters.report.html import BLUE, GREEN, GREY, ORANGE, RED, figure, note, svg, table, write_page
+from outrider_exporters.report.offload import offload_section
 
 NOTE = (
     "Everything on this page was measured by the export that wrote it. Latencies are those of the exporting host, one "
@@ -27,21 +30,29 @@ Report = Mapping[str, Any]
 
 
 def write_report(path: Path, report: Report) -> Path:
-    """Write the page of an ``ExportReport.to_dict()`` and its JSON, ``x.json`` beside ``x.html``; return its path."""
-    path.with_suffix(".json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    """Write the page of an ``ExportReport.to_dict()`` and its JSON, ``x.json`` beside ``x.html``; return its path.
+
+    Raises:
+        ExportError: one of them cannot be written; each is as it was before, or new.
+    """
+    with kept_when_good(path.with_suffix(".json")) as part:
+        part.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     sections = [
         _outcome(report),
         _stages(report),
         _variants(report),
         _targets(report),
         _gates(report),
+        offload_section(report),
         _layers(report),
         _sensitivity(report),
         _passes(report),
         _environment(report),
         _reproduce(report),
     ]
-    return write_page(path, f"Export of {report['name']}, version {report['version']}", NOTE, sections)
+    with kept_when_good(path) as part:
+        write_page(part, f"Export of {report['name']}, version {report['version']}", NOTE, sections)
+    return path
 
 
 def main_metric(report: Report) -> str:
@@ -104,7 +115,7 @@ def _stages(report: Report) -> str:
     stages = [report["baseline"], *report["stages"]]
     names = list(report["baseline"]["metrics"])
     rows = [
-        [s["name"], f"{s['parameters']:,}", f"{s['macs']:,}", *(f"{s['metrics'][name]:.4f}" for name in names)]
+        [s["name"], f"{s['parameters']:,}", count_text(s["macs"]), *(f"{s['metrics'][name]:.4f}" for name in names)]
         for s in stages
     ]
     metric = main_metric(report)
@@ -119,6 +130,8 @@ def _stages(report: Report) -> str:
         left.text(value, position, f" {value:.4f}", va="center", fontsize=8)
     left.margins(x=0.2)
     for offset, (key, colour) in enumerate((("parameters", GREEN), ("macs", GREY))):
+        if report["baseline"][key] is None:
+            continue
         base = max(1, report["baseline"][key])
         places = [position + (offset - 0.5) * 0.3 for position in range(len(stages))]
         right.barh(places, [100 * s[key] / base for s in stages], height=0.28, color=colour, label=key)
@@ -142,17 +155,32 @@ def _variants(report: Report) -> str:
             variant["scheme"],
             f"{variant['size_bytes']:,}",
             f"{variant['latency_host_ms_p50']:.3f}",
+            f"{variant['latency_noise']:.1%}",
             f"{variant['parity']:.2g}",
+            *_likeness_cells(variant["likeness"]),
             *(f"{variant['metrics'][name]:.4f}" for name in names),
         ]
         for number, variant in enumerate((*kept, *others), 1)
     ]
-    header = ["variant", "scheme", "bytes", "ms on the host", "parity error", *names]
+    header = ["variant", "scheme", "bytes", "ms on the host", "A/A", "parity error", "SNR dB", "changed", *names]
     said = [[v["name"], v["note"]] for v in kept if v["note"]]
     said += [[name, reason] for name, reason in report["dropped"].items()]
+    verdict = report["quantization"].get("text", "")
+    paid = f"<p>{html.escape(verdict)}.</p>" if verdict else ""
+    twin = note(
+        "A/A is by how much two measurements of the same file differed: a smaller difference decides nothing. SNR and "
+        "the share of changed decisions are beside the float32 variant of the same format, on the rows of the test."
+    )
     words = table(["variant", "what is to be said of it"], said, words=True) if said else ""
     plot = _pareto_plot(kept, others, metric, higher_is_better(report))
-    return f"<h2>Variants</h2>{plot}{table(header, rows)}{words}"
+    return f"<h2>Variants</h2>{paid}{plot}{table(header, rows)}{twin}{words}"
+
+
+def _likeness_cells(likeness: Report | None) -> list[str]:
+    if not likeness or not likeness["rows"]:
+        return ["", ""]
+    snr_db, changed = likeness["snr_db"], likeness["changed"]
+    return ["the same" if snr_db is None else f"{snr_db:.1f}", "" if changed is None else f"{changed:.2%}"]
 
 
 def _pareto_plot(kept: Sequence[Report], others: Sequence[Report], metric: str, higher: bool) -> str:

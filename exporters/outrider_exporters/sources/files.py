@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,17 @@ from typing import Any
 import numpy as np
 
 from outrider_exporters.convert.files import ModelFile, open_session
-from outrider_exporters.convert.quantize import is_quantized_onnx, is_quantized_tflite
+from outrider_exporters.convert.quantize import (
+    is_quantized_onnx,
+    is_quantized_tflite,
+    quantized_share_onnx,
+    quantized_share_tflite,
+)
 from outrider_exporters.convert.quiet import quiet
-from outrider_exporters.rows import count_rows, default_axes
+from outrider_exporters.rows import UNNAMED_AXES, count_rows, default_axes, free_axes
 from outrider_runtimes.bound import BoundSession
 from outrider_runtimes.engines import FileTensor, Session
+from outrider_runtimes.engines._interpreter import SignatureSession
 from outrider_runtimes.errors import ExportError, InferenceError
 from outrider_runtimes.tensors import (
     BATCH_AXIS,
@@ -31,6 +37,7 @@ from outrider_runtimes.tensors import (
 
 FORMAT_OF_SUFFIX = {".onnx": "onnx", ".tflite": "tflite"}
 PICKLED = frozenset([".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin", ".joblib"])
+HALF = 0.5  # of the weights
 RANDOM_ROWS = 8
 RANDOM_SEED = 20
 CHANNEL_LAST_AXES = "NHWC"  # TFLite's own order of an image's axes
@@ -85,12 +92,13 @@ def declare(
         _check_known(option, [tensor.name for tensor in tensors])
     if one_is_batch:
         named = {**{t.name: _letters(t, model_format) for t in tensors if t.shape[:1] == (1,)}, **named}
-    interface, inputs = _interface(session, model_format, named, tuple(labels), example)
+    interface, inputs = _interface(session, model_format, named, frozenset(axes or ()), example)
     binding = Binding(
         inputs=tuple(_bound(tensor) for tensor in session.inputs),
         outputs=tuple(_bound(tensor) for tensor in session.outputs),
+        signatures=session.signatures if isinstance(session, SignatureSession) else (),
     )
-    interface = _follow_rows(path, session, interface, binding, inputs)
+    interface = _follow_rows(path, session, replace(interface, labels=tuple(labels)), binding, inputs)
     file = ModelFile(
         path=path,
         format=model_format,
@@ -122,13 +130,19 @@ def count_parameters(file: ModelFile) -> int:
 
 
 def with_signature(file: ModelFile, path: Path) -> ModelFile:
-    """A TFLite file without any signature as a copy with one, which has the tensors' names; any other as it is."""
+    """A TFLite file without any signature, or with tensors that have no name, as a copy with both; any other as it is.
+
+    A signature that is added has the tensors' names.
+    """
     import flatbuffers  # type: ignore[import-untyped]
     from ai_edge_litert import schema_py_generated as schema
 
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(file.path.read_bytes(), 0))
-    if model.signatureDefs:
+    nameless = [(at, tensor) for graph in model.subgraphs for at, tensor in enumerate(graph.tensors) if not tensor.name]
+    if model.signatureDefs and not nameless:
         return file
+    for at, tensor in nameless:
+        tensor.name = f"tensor_{at}"
     graph = model.subgraphs[0]
 
     def maps(indices: Sequence[int]) -> list[Any]:
@@ -139,10 +153,11 @@ def with_signature(file: ModelFile, path: Path) -> ModelFile:
             entries.append(entry)
         return entries
 
-    signature = schema.SignatureDefT()
-    signature.inputs, signature.outputs = maps(graph.inputs), maps(graph.outputs)
-    signature.signatureKey, signature.subgraphIndex = "serving_default", 0
-    model.signatureDefs = [signature]
+    if not model.signatureDefs:
+        signature = schema.SignatureDefT()
+        signature.inputs, signature.outputs = maps(graph.inputs), maps(graph.outputs)
+        signature.signatureKey, signature.subgraphIndex = "serving_default", 0
+        model.signatureDefs = [signature]
     builder = flatbuffers.Builder(file.path.stat().st_size)
     builder.Finish(model.Pack(builder), b"TFL3")
     path.write_bytes(bytes(builder.Output()))
@@ -199,15 +214,29 @@ def _check_known(option: Mapping[str, object], known: list[str]) -> None:
 
 
 def _interface(
-    session: Session, model_format: str, axes: Mapping[str, str], labels: tuple[str, ...], example: Tensors | None
+    session: Session, model_format: str, axes: Mapping[str, str], named: Collection[str], example: Tensors | None
 ) -> tuple[Interface, dict[str, Array]]:
-    """The interface that a file declares, and the inputs to run it on."""
-    inputs = tuple(_spec(tensor, axes.get(tensor.name), model_format) for tensor in session.inputs)
+    """The interface that a file declares, and the inputs to run it on. Args: named: tensors whose axes a user named."""
+    inputs = _apart([_spec(tensor, axes.get(tensor.name), model_format) for tensor in session.inputs], named)
     batched = any(spec.batched for spec in inputs)
     outputs = tuple(_spec(t, axes.get(t.name) if batched else "", model_format) for t in session.outputs)
-    interface = Interface(inputs=inputs, outputs=outputs, labels=labels)
+    interface = Interface(inputs=inputs, outputs=outputs)
     given = random_inputs(inputs, session.inputs, RANDOM_ROWS, RANDOM_SEED) if example is None else dict(example)
     return interface, dict(zip([spec.name for spec in inputs], check_inputs(interface, given), strict=True))
+
+
+def _apart(specs: Sequence[TensorSpec], named: Collection[str]) -> tuple[TensorSpec, ...]:
+    """Open axes that nobody named with letters of their own: nothing says that two inputs' are one size."""
+    taken: set[str] = set()
+    apart = []
+    for spec in specs:
+        letters = list(spec.axes)
+        for at, letter in free_axes(spec).items() if spec.name not in named else ():
+            if letter in taken:
+                letters[at] = next(spare for spare in UNNAMED_AXES if spare not in taken | set(letters))
+        taken.update(letters)
+        apart.append(replace(spec, axes="".join(letters)))
+    return tuple(apart)
 
 
 def _described(
@@ -281,5 +310,8 @@ def _precision(path: Path, model_format: str, session: Session) -> str:
     quantized = is_quantized_onnx(path) if model_format == "onnx" else is_quantized_tflite(path)
     if quantized:
         return "int8"
+    share = quantized_share_onnx(path) if model_format == "onnx" else quantized_share_tflite(path)
+    if share > HALF:  # of a file that is not quantized: weights in 16 bits
+        return "float16"
     floats = [t.dtype for t in (*session.inputs, *session.outputs) if t.dtype.startswith("float")]
     return floats[0] if floats else "float32"

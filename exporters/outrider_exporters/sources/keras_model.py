@@ -33,6 +33,12 @@ def is_channel_last(model: object) -> bool:
     return is_keras(model) and bool(sys.modules["keras"].config.image_data_format() == "channels_last")
 
 
+def layer_kinds(model: Any) -> set[str]:
+    """The class names of a model's layers, those of models within it among them."""
+    inner = [kind for layer in getattr(model, "layers", ()) for kind in layer_kinds(layer)]
+    return {type(model).__name__, *inner}
+
+
 def refuse_backend(model: object) -> None:
     """Raise ExportError for a Keras model on another backend than torch."""
     backend = sys.modules["keras"].config.backend()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from outrider_exporters.rows import Predict, count_rows, default_axes, tile_rows
+from outrider_exporters.rows import Predict, Sizes, count_rows, default_axes, tile_rows
 from outrider_exporters.sources.checks import check_answers, check_kind, check_weights
 from outrider_exporters.sources.keras_model import (
     COPY_HINT,
@@ -22,10 +23,24 @@ from outrider_exporters.sources.keras_model import (
     is_keras,
     trained_parameters,
 )
+from outrider_exporters.sources.sizes import Run, Seen, check_free, check_sizes, follow, probe, sizes_in, with_letters
 from outrider_runtimes.errors import ExportError, FormatError
-from outrider_runtimes.tensors import BATCH_AXIS, DTYPES, Array, Interface, Tensors, TensorSpec, check_inputs
+from outrider_runtimes.tensors import (
+    BATCH_AXIS,
+    DTYPES,
+    Array,
+    Interface,
+    StatePair,
+    Tensors,
+    TensorSpec,
+    check_inputs,
+)
+
+if TYPE_CHECKING:
+    from outrider_exporters.convert.trained import Trained
 
 PROBE_ROWS = (2, 3)  # torch.export treats a size of 1 as a constant, so no probe has one row
+STATE_HINT = "torch's recurrent layers take [layers, N, size]: transpose in forward, so that N is first in the state"
 CHUNK_ROWS = 256  # bounds the memory of the reference's activations
 
 
@@ -33,6 +48,9 @@ class PositionalModule(nn.Module):
     """A copy of a network in evaluation mode, with the interface's tensors in order: what the converters see.
 
     ``forward`` takes one tensor an input and gives a tuple with one tensor an output. The original is not touched.
+
+    Attributes:
+        trained: what training under quantization found, once it ran.
     """
 
     def __init__(self, module: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> None:
@@ -41,6 +59,7 @@ class PositionalModule(nn.Module):
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
         self._keras = is_keras(module)
+        self.trained: Trained | None = None
         self._by_keyword = not self._keras and _takes_keywords(module, self._inputs)
         self.eval()
 
@@ -89,7 +108,26 @@ def trainable_copy(module: nn.Module, inputs: Sequence[str], outputs: Sequence[s
     return network
 
 
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """A network's interface, and what was seen of it.
+
+    Attributes:
+        sizes: of the free axes, beside the example's, at which the network was run.
+    """
+
+    interface: Interface
+    sizes: tuple[Sizes, ...] = ()
+
+
 def interface_from_module(
+    module: nn.Module, example: Mapping[str, Array], outputs: Sequence[str], **options: Any
+) -> Interface:
+    """The interface alone; see ``describe_module``."""
+    return describe_module(module, example, outputs, **options).interface
+
+
+def describe_module(
     module: nn.Module,
     example: Mapping[str, Array],
     outputs: Sequence[str],
@@ -98,12 +136,15 @@ def interface_from_module(
     labels: Sequence[str] = (),
     ranges: Mapping[str, tuple[float, float]] | None = None,
     meanings: Mapping[str, str] | None = None,
-) -> Interface:
+    dynamic_axes: Mapping[str, str] | None = None,
+    state: Mapping[str, str] | None = None,
+) -> Described:
     """The interface of a network, found by running it on an example.
 
     The first axis of an input is the batch, N, unless ``axes`` says otherwise (``""`` for an input without one). Which
-    outputs have a batch is found by running two batch sizes. Axes that are not named are taken as NCHW (4 axes,
-    float; NHWC for Keras), NC (2 axes, float), NT (2 axes, integers), else as letters without a meaning.
+    outputs have a batch is found by running two batch sizes, and which of their axes follow a free one by running
+    other sizes of it. Axes that are not named are taken as NCHW (4 axes, float; NHWC for Keras), NC (2 axes, float),
+    NT (2 axes, integers), else as letters without a meaning; an output of the state has its input's.
 
     Args:
         module: its ``forward`` gets the inputs by name where its parameters are called so, else in the example's order.
@@ -111,44 +152,46 @@ def interface_from_module(
         outputs: names for what it returns: in order for a tensor or a tuple, the keys to take for a dict.
         axes, ranges, meanings: by tensor name, inputs and outputs; see TensorSpec.
         labels: what the classes are called.
+        dynamic_axes: by input name, the letters of its axes, beside N, that may have any size.
+        state: by input name, the output that is this input of the next call.
 
     Raises:
-        ExportError: the network cannot run on the example, or not with another N, or a weight is not finite; or its
-            answers are random, or those of a row depend on the rows beside it.
+        ExportError: the network cannot run on the example, or not with another N or another size of a free axis, or a
+            weight is not finite; its answers are random, or those of a row depend on the rows beside it; or what it
+            gives for the state is not what it takes.
     """
-    axes, ranges, meanings = axes or {}, ranges or {}, meanings or {}
-    _check_names(example, outputs, axes, ranges, meanings)
-    last = is_channel_last(module)
-    given_axes = {name: axes.get(name, _axes_of(np.asarray(array), last)) for name, array in example.items()}
-    _check_example(example, given_axes)
+    options = _Options(axes=axes or {}, ranges=ranges or {}, meanings=meanings or {}, last=is_channel_last(module))
+    _check_names(example, outputs, options.axes, options.ranges, options.meanings)
+    letters = {name: options.letters(name, np.asarray(array)) for name, array in example.items()}
+    _check_example(example, letters)
+    check_free(dynamic_axes or {}, letters)
     runner = PositionalModule(module, tuple(example), outputs)
-    probes = [list(tile_rows(example, given_axes, rows).values()) for rows in PROBE_ROWS]
-    small, again, large = (_run(runner, probe, outputs) for probe in (probes[0], *probes))
+    probes = [tile_rows(example, letters, rows) for rows in PROBE_ROWS]
+    small, again, large = (_run(runner, list(rows.values()), outputs) for rows in (probes[0], *probes))
     check_answers(outputs, small, again, large)
-
-    def spec(name: str, array: Array, letters: str) -> TensorSpec:
-        shape = (None, *array.shape[1:]) if letters.startswith(BATCH_AXIS) else array.shape
-        bounds = ranges.get(name)
-        return TensorSpec(
-            name=name,
-            dtype=_dtype_name(name, array),
-            shape=shape,
-            axes=letters,
-            range=None if bounds is None else (float(bounds[0]), float(bounds[1])),
-            meaning=meanings.get(name, ""),
-        )
-
+    free = {name: _places(letters[name], (dynamic_axes or {}).get(name, "")) for name in example}
+    pairs = tuple(StatePair(input=before, output=after) for before, after in (state or {}).items())
     try:
-        return Interface(
-            inputs=tuple(spec(name, np.asarray(array), given_axes[name]) for name, array in example.items()),
-            outputs=tuple(
-                spec(name, first, axes.get(name, _output_axes(name, first, second, last)))
-                for name, first, second in zip(outputs, small, large, strict=True)
-            ),
-            labels=tuple(labels),
+        inputs = tuple(
+            options.spec(name, np.asarray(array), letters[name], free[name]) for name, array in example.items()
         )
+        seen = probe(_by_name(runner, outputs), probes[0], inputs)
+        base = Seen(sizes=sizes_in(probes[0], inputs), outputs=small)
+        taken = {spec.name: spec for spec in inputs}
+        given = _output_specs(outputs, base, large, seen, options)
+        given = _like_inputs(given, {p.output: taken[p.input] for p in pairs if p.input in taken})
+        interface = Interface(inputs=inputs, outputs=given, labels=tuple(labels), state=pairs)
     except FormatError as error:
-        raise ExportError(str(error), hint=error.hint) from error
+        raise ExportError(str(error), hint=error.hint or (STATE_HINT if pairs else "")) from error
+    return Described(interface=interface, sizes=tuple(run.sizes for run in seen))
+
+
+def run_sizes(module: nn.Module, interface: Interface, example: Tensors, asked: Sequence[Sizes]) -> None:
+    """Run a network at sizes of its free axes that were asked for. Raises ExportError for one that it cannot take."""
+    names = [spec.name for spec in interface.outputs]
+    runner = PositionalModule(module, [spec.name for spec in interface.inputs], names)
+    rows = tile_rows(example, {spec.name: spec.axes for spec in interface.inputs}, PROBE_ROWS[0])
+    check_sizes(_by_name(runner, names), rows, interface.inputs, asked)
 
 
 def torch_predict(module: nn.Module, interface: Interface) -> Predict:
@@ -175,6 +218,62 @@ def torch_predict(module: nn.Module, interface: Interface) -> Predict:
         return {name: np.concatenate([part[i] for part in parts]) for i, name in enumerate(names)}
 
     return predict
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """What a user says of tensors, by name; and whether images have their channels last."""
+
+    axes: Mapping[str, str]
+    ranges: Mapping[str, tuple[float, float]]
+    meanings: Mapping[str, str]
+    last: bool
+
+    def letters(self, name: str, array: Array) -> str:
+        return self.axes.get(name, _axes_of(array, self.last))
+
+    def spec(self, name: str, array: Array, letters: str, free: Collection[int]) -> TensorSpec:
+        """Args: free: the places of axes that have any size, N aside."""
+        places = {0, *free} if letters.startswith(BATCH_AXIS) else free
+        bounds = self.ranges.get(name)
+        return TensorSpec(
+            name=name,
+            dtype=_dtype_name(name, array),
+            shape=tuple(None if at in places else size for at, size in enumerate(array.shape)),
+            axes=letters,
+            range=None if bounds is None else (float(bounds[0]), float(bounds[1])),
+            meaning=self.meanings.get(name, ""),
+        )
+
+
+def _output_specs(
+    names: Sequence[str], base: Seen, larger: Sequence[Array], seen: Sequence[Seen], options: _Options
+) -> tuple[TensorSpec, ...]:
+    """Args: base, larger: the outputs for few rows and for more; seen: those for other sizes of free axes."""
+    specs = []
+    for at, (name, first, second) in enumerate(zip(names, base.outputs, larger, strict=True)):
+        letters = _output_axes(name, first, second, options.last)
+        found = follow(name, letters, (base.sizes, first), [(run.sizes, run.outputs[at]) for run in seen])
+        if found:
+            letters = with_letters(letters, first.ndim, found)
+        specs.append(options.spec(name, first, options.axes.get(name, letters), found))
+    return tuple(specs)
+
+
+def _like_inputs(outputs: tuple[TensorSpec, ...], like: Mapping[str, TensorSpec]) -> tuple[TensorSpec, ...]:
+    """Outputs that are the next call's inputs, with their letters where these fit."""
+    return tuple(
+        replace(spec, axes=like[spec.name].axes) if spec.name in like and spec.shape == like[spec.name].shape else spec
+        for spec in outputs
+    )
+
+
+def _places(letters: str, free: str) -> set[int]:
+    return {at for at, letter in enumerate(letters) if letter in free}
+
+
+def _by_name(runner: PositionalModule, names: Sequence[str]) -> Run:
+    return lambda inputs: _run(runner, list(inputs.values()), names)
 
 
 def as_tensors(arrays: Sequence[Array]) -> tuple[torch.Tensor, ...]:

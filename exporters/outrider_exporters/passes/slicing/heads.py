@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,12 +12,16 @@ from torch import nn
 
 from outrider_exporters.passes.plan import Group
 from outrider_exporters.passes.slicing.attention import SlimAttention
-from outrider_exporters.passes.slicing.trace import Wiring, kept, least, normalised
+from outrider_exporters.passes.slicing.trace import Tensors, Wiring, alike, kept, least, normalised, varied
 
 if TYPE_CHECKING:
     from outrider_exporters.sources.module import PositionalModule
 
 HEAD_COUNTS = ("heads", "num_heads", "n_heads", "nheads", "nhead", "n_head", "num_attention_heads")
+HEADS_HINT = (
+    "to prune its heads, write their number as self.heads = N in __init__ and read it in forward, and keep the size of "
+    "a head in an attribute of its own"
+)
 
 
 class HeadPart:
@@ -96,7 +103,7 @@ class BuiltInHeadPart:
 
 
 def head_parts(
-    network: PositionalModule, wiring: Wiring, *, skipped: dict[str, str]
+    network: PositionalModule, wiring: Wiring, examples: Tensors, *, skipped: dict[str, str]
 ) -> tuple[list[HeadPart | BuiltInHeadPart], list[nn.Module]]:
     """The attention modules whose heads may be pruned, and the layers inside them, whose features are heads'."""
     parts: list[HeadPart | BuiltInHeadPart] = []
@@ -111,7 +118,8 @@ def head_parts(
             parts.append(_slim_part(module, name))
             inner += [module.q, module.k, module.v]
         else:
-            part = _own_part(module, wiring, name)
+            found = _own_attention(module, wiring, name)
+            part = None if found is None else _own_part(network, found, examples, skipped)
             if part is not None:
                 parts.append(part)
                 inner += part._projections
@@ -122,17 +130,70 @@ def _slim_part(module: SlimAttention, name: str) -> HeadPart:
     return HeadPart(module, "heads", [module.q, module.k, module.v], module.out, name)
 
 
-def _own_part(module: nn.Module, wiring: Wiring, name: str) -> HeadPart | None:
-    """An attention of the user's own: a number of heads, projections, and one layer that the projections feed."""
-    counts = [key for key in HEAD_COUNTS if type(getattr(module, key, None)) is int]
-    linear = [child for child in module.children() if isinstance(child, nn.Linear) and child in wiring.feeding]
-    outs = [layer for layer in linear if any(source in linear for source in wiring.feeding[layer])]
-    if len(counts) != 1 or len(outs) != 1:
-        return None
-    out = outs[0]
-    projections = [layer for layer in linear if layer in wiring.feeding[out]]
-    heads, width = getattr(module, counts[0]), out.in_features
-    whole = sum(layer.out_features for layer in projections)
-    if heads < 2 or width % heads or whole != 3 * width or any(p.out_features % width for p in projections):
-        return None
-    return HeadPart(module, counts[0], projections, out, name or "model")
+@dataclass(frozen=True, kw_only=True)
+class _Attention:
+    """An attention of the user's own: which module it is, and which of its layers do what, by name."""
+
+    name: str
+    projections: tuple[str, ...]
+    out: str
+
+
+def _own_attention(module: nn.Module, wiring: Wiring, name: str) -> _Attention | None:
+    """One layer that is fed by projections to query, key and value, which are three layers or one."""
+    linear = {
+        child: key for key, child in module.named_children() if isinstance(child, nn.Linear) and child in wiring.feeding
+    }
+    found = []
+    for out, key in linear.items():
+        sources = [layer for layer in linear if layer in wiring.feeding[out]]
+        whole = sum(layer.out_features for layer in sources)
+        if whole == 3 * out.in_features and not any(layer.out_features % out.in_features for layer in sources):
+            found.append(_Attention(name=name, projections=tuple(linear[layer] for layer in sources), out=key))
+    return found[0] if len(found) == 1 else None
+
+
+def _own_part(
+    network: PositionalModule, found: _Attention, examples: Tensors, skipped: dict[str, str]
+) -> HeadPart | None:
+    """Its heads, where an attribute of the module holds their number."""
+    module = network.module.get_submodule(found.name)
+    width = getattr(module, found.out).in_features
+    known = [key for key in HEAD_COUNTS if type(getattr(module, key, None)) is int]
+    if len(known) == 1:
+        heads = getattr(module, known[0])
+        return _part(network, found, known[0]) if heads >= 2 and width % heads == 0 else None
+    for count in _numbers(module, width):
+        if _holds_heads(network, found, count, examples):
+            return _part(network, found, count)
+    skipped[found.name or "model"] = f"no attribute of it was found to hold the number of its heads; {HEADS_HINT}"
+    return None
+
+
+def _numbers(module: nn.Module, width: int) -> Iterator[str]:
+    """The attributes of the module and of its class that could be a number of heads."""
+    for key in dict.fromkeys((*vars(module), *vars(type(module)))):
+        value = getattr(module, key, None)
+        if type(value) is int and value >= 2 and width % value == 0:
+            yield key
+
+
+def _holds_heads(network: PositionalModule, found: _Attention, count: str, examples: Tensors) -> bool:
+    """Whether the network with a head less by this attribute answers as the one in which nothing reads that head."""
+    silenced, cut = copy.deepcopy(network), copy.deepcopy(network)
+    try:
+        _part(silenced, found, count).silence(1)
+        _part(cut, found, count).remove(1)
+        probes = varied(examples)
+        with torch.no_grad():
+            wanted, got = silenced.eval()(*probes), cut.eval()(*probes)
+    except Exception:
+        return False
+    seen = any(tensor.is_floating_point() for tensor in wanted)
+    return seen and all(a.shape == b.shape and alike(a, b) for a, b in zip(wanted, got, strict=True))
+
+
+def _part(network: PositionalModule, found: _Attention, count: str) -> HeadPart:
+    module = network.module.get_submodule(found.name)
+    projections = [getattr(module, name) for name in found.projections]
+    return HeadPart(module, count, projections, getattr(module, found.out), found.name or "model")

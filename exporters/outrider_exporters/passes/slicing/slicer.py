@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,15 +12,13 @@ from torch import nn
 
 from outrider_exporters.passes.plan import Group, Plan
 from outrider_exporters.passes.slicing.channels import channel_parts
-from outrider_exporters.passes.slicing.heads import head_parts
+from outrider_exporters.passes.slicing.heads import HEADS_HINT, head_parts
 from outrider_exporters.passes.slicing.hidden import hidden_parts
 from outrider_exporters.passes.slicing.part import Part
-from outrider_exporters.passes.slicing.trace import Tensors, Wiring
+from outrider_exporters.passes.slicing.trace import Tensors, Wiring, alike, varied
 
 if TYPE_CHECKING:
     from outrider_exporters.sources.module import PositionalModule
-
-EXACT = 1e-4  # of the output's range; float32 sums in another order differ by a hundredth of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +80,7 @@ class Slicer:
         if not wiring.outputs:
             self.skipped["model"] = "its outputs lead back to no layer; forward has detach() or no_grad()"
             return []
-        heads, inner = head_parts(self._network, wiring, skipped=self.skipped)
+        heads, inner = head_parts(self._network, wiring, examples, skipped=self.skipped)
         hidden = hidden_parts(self._network, wiring, round_to=round_to, skipped=self.skipped)
         fixed = [*inner, *wiring.outputs]
         channels = channel_parts(self._network, examples, round_to=round_to, fixed=fixed, skipped=self.skipped)
@@ -107,7 +105,7 @@ def find_prunable(network: PositionalModule, examples: Tensors, *, round_to: int
             alone = bool(reason) and len(names) > 1
             own = _trial(network, examples, round_to, [name], exact=exact) if alone else reason
             if own:
-                skipped[name] = own
+                skipped[name] = f"{own}; {HEADS_HINT}" if wanted[name].group.kind == "heads" else own
             else:
                 good.append(wanted[name].group)
     order = list(wanted)
@@ -116,7 +114,7 @@ def find_prunable(network: PositionalModule, examples: Tensors, *, round_to: int
 
 def _trial(network: PositionalModule, examples: Tensors, round_to: int, names: Collection[str], *, exact: bool) -> str:
     """Why these groups cannot lose one step each; empty when they can."""
-    probes = _varied(examples)
+    probes = varied(examples)
     silenced, cut = copy.deepcopy(network), copy.deepcopy(network)
     try:
         before = Slicer(silenced, examples, round_to=round_to)
@@ -131,27 +129,9 @@ def _trial(network: PositionalModule, examples: Tensors, round_to: int, names: C
         return f"the network cannot lose them: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if [tensor.shape for tensor in wanted] != [tensor.shape for tensor in got]:
         return "an output would change its shape"
-    if exact and not all(_close(a, b) for a, b in zip(wanted, got, strict=True)):
+    if exact and not all(alike(a, b) for a, b in zip(wanted, got, strict=True)):
         return "the network computes something else with fewer of them"
     return ""
-
-
-def _close(wanted: torch.Tensor, got: torch.Tensor) -> bool:
-    if not wanted.is_floating_point():
-        return True  # an index may flip where two scores are equal
-    scale = max(float((wanted.max() - wanted.min()).abs()), float(wanted.abs().max()), 1e-6)
-    return bool(torch.allclose(wanted, got, rtol=0.0, atol=EXACT * scale, equal_nan=True))
-
-
-def _varied(examples: Sequence[torch.Tensor]) -> Tensors:
-    """The examples, with noise in place of a constant: zeros would hide what is wrong."""
-    generator = torch.Generator().manual_seed(0)
-    return tuple(
-        torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-        if tensor.is_floating_point() and bool((tensor == tensor.flatten()[0]).all())
-        else tensor
-        for tensor in examples
-    )
 
 
 def channels_of(network: PositionalModule) -> dict[str, int]:

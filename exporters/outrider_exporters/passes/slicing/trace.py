@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from outrider_exporters.sources.module import PositionalModule
 
 Tensors = tuple[torch.Tensor, ...]
+# Of the output's range; float32 sums in another order differ by a hundredth of it.
+EXACT = 1e-4
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
 
 
@@ -107,3 +109,22 @@ def normalised(importance: torch.Tensor) -> torch.Tensor:
     """With a mean of 1, so that groups of different weight compare."""
     mean = float(importance.mean())
     return importance / mean if mean > 0 else torch.ones_like(importance)
+
+
+def alike(wanted: torch.Tensor, got: torch.Tensor) -> bool:
+    """Whether two outputs are the same but for the order of sums."""
+    if not wanted.is_floating_point():
+        return True  # an index may flip where two scores are equal
+    scale = max(float((wanted.max() - wanted.min()).abs()), float(wanted.abs().max()), 1e-6)
+    return bool(torch.allclose(wanted, got, rtol=0.0, atol=EXACT * scale, equal_nan=True))
+
+
+def varied(examples: Sequence[torch.Tensor]) -> Tensors:
+    """The examples, with noise in place of a constant: zeros would hide what is wrong."""
+    generator = torch.Generator().manual_seed(0)
+    return tuple(
+        torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+        if tensor.is_floating_point() and bool((tensor == tensor.flatten()[0]).all())
+        else tensor
+        for tensor in examples
+    )
