@@ -25,6 +25,7 @@ class Target:
         machine: the architecture, as in ``board.Board``; empty for whatever this machine is.
         features: the CPU features that every such board has, as in ``board.Board``.
         qemu_cpu: the CPU model under which qemu traps what the board's CPU does not have; empty where none is used.
+        cpu_part: ARM's number of that CPU, as the board's own /proc/cpuinfo says it; 0 where it is not ARM's.
         memory_bytes: RAM of the smallest such board; 0 where that is not known.
         int8_scheme: ``"U8S8"`` (uint8 activations) where the CPU has VNNI, ``"S8S8"`` elsewhere: S8S8 is what ARM's
             dot products take, and on AVX2 without VNNI U8S8 can saturate.
@@ -35,6 +36,7 @@ class Target:
     machine: str
     features: frozenset[str]
     qemu_cpu: str
+    cpu_part: int
     memory_bytes: int
     int8_scheme: str
     engines: tuple[str, ...]
@@ -46,6 +48,7 @@ _TABLE = (
         machine="",
         features=frozenset(),
         qemu_cpu="",
+        cpu_part=0,
         memory_bytes=0,
         int8_scheme="S8S8",
         engines=(*_BOTH, "tflite_runtime"),
@@ -55,6 +58,7 @@ _TABLE = (
         machine="x86_64",
         features=frozenset(["sse4_2", "avx", "avx2", "fma", "f16c"]),
         qemu_cpu="Haswell",
+        cpu_part=0,
         memory_bytes=2048 * MIB,
         int8_scheme="S8S8",
         engines=_BOTH,
@@ -64,6 +68,7 @@ _TABLE = (
         machine="aarch64",
         features=_ARMV8_0,
         qemu_cpu="cortex-a53",
+        cpu_part=0xD03,
         memory_bytes=512 * MIB,
         int8_scheme="S8S8",
         engines=_BOTH,
@@ -73,6 +78,7 @@ _TABLE = (
         machine="aarch64",
         features=_ARMV8_0,
         qemu_cpu="cortex-a53",
+        cpu_part=0xD03,
         memory_bytes=1024 * MIB,
         int8_scheme="S8S8",
         engines=_BOTH,
@@ -82,6 +88,7 @@ _TABLE = (
         machine="aarch64",
         features=_ARMV8_0,
         qemu_cpu="cortex-a72",
+        cpu_part=0xD08,
         memory_bytes=1024 * MIB,
         int8_scheme="S8S8",
         engines=_BOTH,
@@ -91,6 +98,7 @@ _TABLE = (
         machine="aarch64",
         features=_ARMV8_2,
         qemu_cpu="cortex-a76",
+        cpu_part=0xD0B,
         memory_bytes=1024 * MIB,
         int8_scheme="S8S8",
         engines=_BOTH,
@@ -100,6 +108,7 @@ _TABLE = (
         machine="arm",
         features=frozenset(["neon", "vfpv4"]),
         qemu_cpu="cortex-a7",
+        cpu_part=0xC07,
         memory_bytes=512 * MIB,
         int8_scheme="S8S8",
         engines=("tflite_runtime",),
@@ -109,6 +118,7 @@ _TABLE = (
         machine="aarch64",
         features=_ARMV8_2,
         qemu_cpu="cortex-a76",  # qemu has no Cortex-A78AE; this one has the same features
+        cpu_part=0xD0B,
         memory_bytes=4096 * MIB,
         int8_scheme="S8S8",
         engines=_BOTH,
