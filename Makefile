@@ -19,6 +19,11 @@ test: $(DEV) ## every test
 	@.ci/debian
 	$(PY) -m pytest --numprocesses 2 --dist loadfile
 
+.PHONY: test-boards
+test-boards: $(DEV) ## bundles and the device part of the tests on emulated ARM boards
+	@.ci/debian
+	$(PY) -m pytest --numprocesses 2 --dist loadfile tests/boards
+
 .PHONY: check
 check: $(DEV) ## the loop, under 90 seconds: linters, types, contracts, fast tests
 	.venv/bin/ruff check .
@@ -30,6 +35,15 @@ check: $(DEV) ## the loop, under 90 seconds: linters, types, contracts, fast tes
 .PHONY: bench
 bench: $(DEV) ## measure beside the peers and rewrite the README's figures
 	$(PY) -m benchmarks
+
+.PHONY: bench-exporters
+bench-exporters: $(DEV) ## measure the exporter's files beside the quantizers' own: a quarter of an hour, on a quiet machine
+	$(PY) -m benchmarks exporters
+
+.PHONY: trials
+trials: $(DEV) ## the full counts of what make test shows a share of; writes tests/trials/results
+	@.ci/debian
+	$(PY) -m pytest -m trials tests/trials
 
 .PHONY: picture
 picture: demo ## the README's picture, from a demo of this machine

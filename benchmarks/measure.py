@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +18,11 @@ import numpy as np
 from benchmarks.stats import Comparison, Times, compare
 
 RESULTS = Path(__file__).with_name("results")
-PACKAGES = ("outrider", "numpy", "onnxruntime", "ai-edge-litert")
+PACKAGES = (
+    "outrider", "numpy", "torch", "onnx", "onnxruntime", "litert-torch", "ai-edge-litert", "ai-edge-quantizer",
+    "torch-pruning",
+)  # fmt: skip
+SOURCES = ("runtimes", "sdk", "exporters", "benchmarks/*.py", "benchmarks/exporters")
 TRIES = 3
 TWIN = " (twin)"
 WARM_UP_CALLS = 5
@@ -44,23 +49,37 @@ def interleaved(
 
 
 def compare_calls(
-    calls: Mapping[str, Call], *, base: str, blocks: int, calls_a_block: int, seed: int = 0
-) -> Comparison:
-    """Compare, with a twin of the base; again, up to three times in all, while the twin says that it was noise."""
+    calls: Mapping[str, Call],
+    *,
+    base: str,
+    blocks: int,
+    calls_a_block: int,
+    seed: int = 0,
+    twin: Call | None = None,
+) -> tuple[Comparison, dict[str, Times]]:
+    """Compare, with a twin of the base; again, up to three times in all, while the twin says that it was noise.
+
+    Args:
+        twin: does what the base does, say from a second opening of the same file; the base itself when left out.
+
+    Returns:
+        The comparison, and the times behind it in nanoseconds, by contender.
+    """
     rng = np.random.default_rng(seed)
-    with_twin = {**calls, base + TWIN: calls[base]}
+    with_twin = {**calls, base + TWIN: calls[base] if twin is None else twin}
     for _ in range(TRIES):
         times = interleaved(with_twin, blocks=blocks, calls_a_block=calls_a_block, rng=rng)
         found = compare(times, base=base, twin=base + TWIN, rng=rng)
         if found.valid:
             break
-    return found
+    return found, times
 
 
 def environment() -> dict[str, Any]:
     """What the figures depend on, without the machine's name."""
     return {
         "kind": "measured",
+        "commit": _commit(),
         "processor": _processor(),
         "processors_allowed": len(os.sched_getaffinity(0)),
         "machine": platform.machine(),
@@ -81,6 +100,19 @@ def write_results(name: str, figures: Mapping[str, Any]) -> Path:
 def say(text: str) -> None:
     """Progress, on standard error."""
     print(text, file=sys.stderr, flush=True)
+
+
+def _commit() -> str:
+    """What is checked out, and whether the sources were changed since; empty outside a clone."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=RESULTS.parent.parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "--", *SOURCES) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def _processor() -> str:

@@ -16,8 +16,9 @@ END = "<!-- end of figures -->"
 
 def figures(results: Path = RESULTS) -> str:
     """The Markdown between the two marks."""
-    overhead, variants = (json.loads((results / f"{name}.json").read_text()) for name in ("overhead", "variants"))
-    parts = [_machine(overhead["environment"]), _overhead(overhead), _variants(variants)]
+    names = ("overhead", "variants", "exporters")
+    overhead, variants, exporters = (json.loads((results / f"{name}.json").read_text()) for name in names)
+    parts = [_machine(overhead["environment"]), _overhead(overhead), _variants(variants), _exporters(exporters)]
     return "\n\n".join(parts)
 
 
@@ -73,3 +74,45 @@ def _variants(result: Mapping[str, Any]) -> str:
         share = "1" if ratio is None else f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
         lines.append(f"| {name} | {size_bytes / 1000:.0f} | {found['p50_us'][name]:.0f} | {share} |")
     return "\n".join(lines)
+
+
+def _exporters(result: Mapping[str, Any]) -> str:
+    lines = [
+        "What the exporter chose for this machine, beside the best float32 file and the best of what the tools make by",
+        "themselves (float32, three int8 forms by ONNX Runtime, one by AI Edge Quantizer), each given what it takes:",
+        "",
+        "| network | float32, kB | chosen, kB | float32, ms | chosen, ms | times as fast | time over the best peer's |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [_chosen(subject) for subject in result["subjects"].values()]
+    promised = [(subject, line) for subject in result["subjects"].values() for line in subject["promises"]]
+    missed = [_missed(subject, line) for subject, line in promised if not line["met"]]
+    met = f"Of {len(promised)} bounds on size, speed, accuracy and pruning {len(promised) - len(missed)} were met"
+    noisy = sum(line["noisy"] for _, line in promised)
+    met += f"; {noisy} were measured while the machine was too noisy" if noisy else ""
+    picture = "![Time and size of every file, network by network](docs/images/exporters.png)"
+    return "\n".join([*lines, "", f"{met}{':' if missed else '.'}", *missed, "", picture])
+
+
+def _chosen(subject: Mapping[str, Any]) -> str:
+    files, times, chosen = subject["files"], subject["latency"]["p50_us"], subject["chosen"]
+    plain = min((name for name in files if files[name]["float"]), key=lambda name: float(times[name]))
+    pairs = subject["pairs"]
+    own, peer = pairs[f"{chosen} over best fp32"], pairs["chosen over best peer"]
+    smallest = min(file["size_bytes"] for file in files.values() if file["float"])
+    sizes = [smallest / 1000, files[chosen]["size_bytes"] / 1000]
+    cells = [
+        subject["network"],
+        *(f"{size:.0f}" for size in sizes),
+        *(f"{times[name] / 1000:.3f}" for name in (plain, chosen)),
+        f"{1 / own['value']:.2f} ({1 / own['high']:.2f} to {1 / own['low']:.2f})",
+        f"{peer['value']:.2f} ({peer['low']:.2f} to {peer['high']:.2f})",
+    ]
+    return f"| {' | '.join(cells)} |{_verdict(subject['latency'])}"
+
+
+def _missed(subject: Mapping[str, Any], line: Mapping[str, Any]) -> str:
+    return (
+        f"- missed, {subject['network'].partition(',')[0]}, {line['file']}: {line['promise']}: {line['measured']:.3f}, "
+        f"{line['asked']:g} was asked ({line['note']})"
+    )

@@ -55,11 +55,19 @@ class Comparison:
 
 def ratio(times: Times, base: Times, rng: np.random.Generator) -> Ratio:
     """Two contenders of one run. times, base: float64 [blocks, calls], the same blocks."""
-    by_block = np.median(times, axis=1) / np.median(base, axis=1)
+    return _bootstrapped(np.median(times, axis=1) / np.median(base, axis=1), rng)
+
+
+def _bootstrapped(by_block: Times, rng: np.random.Generator) -> Ratio:
     count = len(by_block)
     medians = [np.median(by_block[rng.integers(0, count, count)]) for _ in range(BOOTSTRAP_ROUNDS)]
     low, high = np.percentile(medians, [2.5, 97.5])
     return Ratio(value=float(np.median(by_block)), low=float(low), high=float(high))
+
+
+def difference(values: Times, base: Times, rng: np.random.Generator) -> Ratio:
+    """As ``ratio``, the difference of block medians, in the unit of ``values``."""
+    return _bootstrapped(np.median(values, axis=1) - np.median(base, axis=1), rng)
 
 
 def compare(times_ns: Mapping[str, Times], *, base: str, twin: str, rng: np.random.Generator) -> Comparison:

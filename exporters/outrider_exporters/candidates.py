@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from outrider_exporters.choose import formats_of, speaks_for
+from outrider_exporters.choose import formats_of, speaks_for, takes_dynamic_channels
 from outrider_exporters.passes import Quantize
 from outrider_runtimes.board import Board
 from outrider_runtimes.targets import Target
@@ -56,18 +56,30 @@ def plans(
 
 
 def _others(plan: Plan, targets: Sequence[Target], host: Board) -> list[Plan]:
-    """The other forms of a static int8 rule that left its form open; none where there is no target to choose for."""
+    """The other forms of a static int8 rule that left its form open, and of a dynamic one that an engine misreads;
+    none where there is no target to choose for."""
     rule = plan.rule
+    if rule is not None and rule.scheme == "dynamic" and plan.format == "tflite":
+        forms = _tensor_grain(rule, targets)
+        return [_other(plan, name, form) for name, form in forms.items()]
     open_form = rule is not None and rule == dataclasses.replace(
         Quantize(), observer=rule.observer, keep_float=rule.keep_float
     )
     if rule is None or not open_form or not targets:
         return []
     forms = _onnx_forms(rule, targets) if plan.format == "onnx" else _tflite_forms(rule, targets, host)
-    return [
-        Plan(name=f"{plan.format}-{name}", format=plan.format, rule=form, slot=plan.slot, asked=False)
-        for name, form in forms.items()
-    ]
+    return [_other(plan, name, form) for name, form in forms.items()]
+
+
+def _other(plan: Plan, name: str, form: Quantize) -> Plan:
+    return Plan(name=f"{plan.format}-{name}", format=plan.format, rule=form, slot=plan.slot, asked=False)
+
+
+def _tensor_grain(rule: Quantize, targets: Sequence[Target]) -> dict[str, Quantize]:
+    """The same with a scale a weight, where a target's engine misreads one a channel."""
+    if not rule.per_channel or all(takes_dynamic_channels(target) for target in targets):
+        return {}
+    return {"dynamic-per-tensor": dataclasses.replace(rule, per_channel=False)}
 
 
 def _onnx_forms(rule: Quantize, targets: Sequence[Target]) -> dict[str, Quantize]:
@@ -82,7 +94,8 @@ def _onnx_forms(rule: Quantize, targets: Sequence[Target]) -> dict[str, Quantize
 
 def _tflite_forms(rule: Quantize, targets: Sequence[Target], host: Board) -> dict[str, Quantize]:
     """Float inputs and outputs answer and weigh the same: they are worth a file only where latency can be measured."""
-    forms = {"dynamic": Quantize("dynamic", keep_float=rule.keep_float)}
+    dynamic = Quantize("dynamic", keep_float=rule.keep_float)
+    forms = {"dynamic": dynamic, **_tensor_grain(dynamic, targets)}
     if any(speaks_for(host, target) for target in targets):
         forms["int8-float-io"] = dataclasses.replace(rule, io="float")
     return forms

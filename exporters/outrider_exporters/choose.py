@@ -124,6 +124,14 @@ def takes_activations(target: Target, scheme: str) -> bool:
     return "u8s8" not in scheme or target.int8_scheme == "U8S8"
 
 
+def takes_dynamic_channels(target: Target) -> bool:
+    """Whether an engine of the target reads dynamic int8 with a scale a channel in TFLite.
+
+    tflite-runtime 2.14 takes the first channel's scale for all, and says nothing.
+    """
+    return any("tflite" in engine_named(name).formats and name != "tflite_runtime" for name in target.engines)
+
+
 def choose(candidates: Sequence[Candidate], target: Target, host: Board) -> Choice:
     """What a bundle for the target holds.
 
@@ -184,6 +192,8 @@ def _refusal(item: Candidate, target: Target) -> str:
     """Why a candidate is out of the question for a target whatever its figures are; empty when it is not."""
     if item.format not in formats_of(target):
         return f"no engine of {target.name} runs {item.format}"
+    if item.format == "tflite" and "dynamic-per-channel" in item.scheme and not takes_dynamic_channels(target):
+        return f"tflite-runtime, the only engine of {target.name}, misreads a scale a channel in dynamic int8"
     if not takes_activations(target, item.scheme):
         return f"unsigned activations are not the int8 form of {target.name}, which is {target.int8_scheme}"
     return item.missed

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outrider_exporters.arguments import check_arguments
 from outrider_exporters.around import open_around
 from outrider_exporters.building import build
 from outrider_exporters.data import Data, check_data, draw_rows
@@ -25,7 +26,7 @@ from outrider_exporters.recipe import Recipe, RecipeFile
 from outrider_exporters.report import ExportReport
 from outrider_exporters.sources import Source, formats_for
 from outrider_runtimes.board import this_board
-from outrider_runtimes.errors import ConfigError, GateMissed
+from outrider_runtimes.errors import GateMissed
 from outrider_runtimes.tensors import Tensors
 
 if TYPE_CHECKING:
@@ -124,6 +125,14 @@ def export(
         MissingExtra: torch or a converter is not installed.
     """
     begun = time.perf_counter()
+    check_arguments(
+        **{"example": example, "outputs": outputs, "evaluate": evaluate, "output": output, "fit": fit},
+        **{"recipe": recipe, "formats": formats, "targets": targets, "gates": gates, "name": name, "labels": labels},
+        **{"axes": axes, "ranges": ranges, "meanings": meanings, "dynamic_axes": dynamic_axes, "shapes": shapes},
+        **{"state": state, "preprocessing": preprocessing, "postprocessing": postprocessing, "golden": golden},
+        **{"signing_keys": signing_keys, "offload": offload, "is_wrong": is_wrong, "report": report},
+        **{"command": command, "progress": progress},
+    )
     source, caller = open_around(
         model,
         example,
@@ -139,8 +148,6 @@ def export(
         state=state,
     )
     check_data(data, caller.interface)
-    if not callable(evaluate):
-        raise ConfigError("evaluate is not a function", hint='evaluate(predict, test) -> {"accuracy": 0.97}')
     evaluate = caller.evaluated(evaluate)
     context = PassContext(
         interface=source.interface,

@@ -47,8 +47,8 @@ class Recording:
         outputs = self._predict(inputs)
         self._left -= sum(array.nbytes for array in outputs.values())
         if self._left >= 0:
-            self.calls.append((_digest(inputs), outputs))
-        return dict(outputs)
+            self.calls.append((_digest(inputs), {name: array.copy() for name, array in outputs.items()}))
+        return outputs
 
 
 def likeness(before: Recording, after: Recording, *, decides: str = "") -> Likeness:

@@ -62,7 +62,7 @@ def never(predict, test):
         ({"signing_keys": ["secret"]}, r"signing_keys\[0\] is a str"),
         ({"output": "missing/folder/a.outrider"}, "cannot be written"),
         ({"data": {"test": 1}}, "not a Data"),
-        ({"evaluate": {"accuracy": 1}}, "evaluate is not a function"),
+        ({"evaluate": {"accuracy": 1}}, r"evaluate is {'accuracy': 1}, expected a function"),
     ],
 )
 def test_what_can_be_refused_at_once_is(model, data, tmp_path, options, words):

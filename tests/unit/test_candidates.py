@@ -71,3 +71,16 @@ def test_each_formats_first_file_stands_before_what_is_made_of_it(targets):
         if plan.rule is None:
             seen.add(plan.format)
         assert plan.format in seen
+
+
+def test_dynamic_int8_has_a_scale_a_weight_where_an_engine_misreads_one_a_channel():
+    """tflite-runtime 2.14, the only engine of a 32-bit Pi, takes the first channel's scale for all."""
+    for rules in ((Quantize(),), (Quantize("dynamic"),)):
+        found = {plan.name: plan for plan in made(("tflite",), rules, ("pi-32bit", "pi5"))}
+        assert found["tflite-dynamic"].rule.per_channel
+        assert not found["tflite-dynamic-per-tensor"].rule.per_channel
+        assert "tflite-dynamic-per-tensor" not in names(("tflite",), rules, ("pi5",))
+    assert names(("tflite",), (Quantize("dynamic", per_channel=False),), ("pi-32bit",)) == [
+        "tflite-float32",
+        "tflite-dynamic",
+    ]

@@ -205,6 +205,14 @@ def test_a_target_with_one_engine_gets_its_format_alone():
     assert choice.dropped["onnx-float32"] == "no engine of pi-32bit runs onnx"
 
 
+def test_what_the_only_engine_of_a_target_misreads_is_out_of_the_question():
+    given_ = [*FLOATS, candidate("tflite-dynamic-per-channel"), candidate("tflite-dynamic-per-tensor", accuracy=0.94)]
+    choice = choose(given_, target_named("pi-32bit"), VNNI)
+    assert choice.kept == ("tflite-dynamic-per-tensor", "tflite-float32")
+    assert "misreads a scale a channel" in choice.dropped["tflite-dynamic-per-channel"]
+    assert "tflite-dynamic-per-channel" in choose(given_, target_named("pi5"), VNNI).kept
+
+
 def test_what_missed_a_gate_is_not_chosen():
     given_ = [*FLOATS, candidate("onnx-qdq-s8s8", missed="missed max_drop"), candidate("onnx-dynamic", accuracy=0.9)]
     choice = choose(given_, target_named("pi4"), VNNI)

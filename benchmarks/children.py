@@ -1,0 +1,78 @@
+"""Programs in processes of their own, each from its start to its first line, with what they used."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# A child's own account of its peak: what wait4 tells is never below what its parent held when it was forked.
+PEAK = """
+import sys as _sys
+_sys.stdout.flush()
+with open("/proc/self/status") as _status:
+    print(next(_line.split()[1] for _line in _status if _line.startswith("VmHWM")))
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """One run.
+
+    Attributes:
+        first_line_ms: from the start of the process to the first line of its output.
+        peak_bytes: the most memory that it held.
+        said: that line, which is JSON.
+    """
+
+    first_line_ms: float
+    peak_bytes: int
+    said: Any
+
+
+def run_program(program: str, *arguments: str, cache: Path | None = None) -> Ran:
+    """Run Python source text that prints one line of JSON.
+
+    Args:
+        cache: where compiled modules are kept, as pip leaves them beside installed ones; by default none are written.
+
+    Raises:
+        RuntimeError: it failed; with what it wrote of that.
+    """
+    environment = dict(os.environ)
+    if cache is not None:
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        environment["PYTHONPYCACHEPREFIX"] = str(cache)
+    begun = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, "-c", program + PEAK, *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None and process.stderr is not None
+        line = process.stdout.readline()
+        first_line_ms = (time.perf_counter() - begun) * 1e3
+        peak_kb, errors = process.stdout.read(), process.stderr.read()
+    if process.returncode != 0:
+        raise RuntimeError(errors.decode(errors="replace"))
+    return Ran(first_line_ms=first_line_ms, peak_bytes=int(peak_kb) * 1024, said=json.loads(line))
+
+
+def interleaved_runs(
+    programs: Mapping[str, Sequence[str]], *, rounds: int, rng: np.random.Generator, cache: Path | None = None
+) -> dict[str, list[Ran]]:
+    """Each program (source and arguments) once a round, in an order drawn anew; one round before is not kept."""
+    runs: dict[str, list[Ran]] = {name: [] for name in programs}
+    for number in range(rounds + 1):
+        for name in rng.permutation(list(programs)):
+            ran = run_program(*programs[name], cache=cache)
+            if number:
+                runs[name].append(ran)
+    return runs
