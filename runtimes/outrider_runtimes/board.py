@@ -6,11 +6,12 @@ import math
 import os
 import platform
 import struct
-import sysconfig
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from outrider_runtimes.nouns import dataclass
 
 X86_FEATURES = frozenset(
     ["sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx_vnni", "amx_int8"]
@@ -82,7 +83,11 @@ def usable_threads(board: Board) -> int:
 
 def interpreter_machine() -> str:
     """The architecture that this interpreter was built for; uname names the kernel's, which may be wider."""
-    built_for = str(sysconfig.get_config_var("HOST_GNU_TYPE") or sysconfig.get_config_var("MULTIARCH") or "")
+    built_for = getattr(sys.implementation, "_multiarch", "")  # where it is there, the others need not be read
+    if not built_for:
+        import sysconfig
+
+        built_for = str(sysconfig.get_config_var("HOST_GNU_TYPE") or sysconfig.get_config_var("MULTIARCH") or "")
     return normal_machine(built_for.split("-", maxsplit=1)[0] or platform.machine(), pointer_bytes=struct.calcsize("P"))
 
 

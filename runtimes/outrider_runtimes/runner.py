@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import CancelledError, Future
-from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from outrider_runtimes.deadline import Deadline
 from outrider_runtimes.errors import DeadlineExceeded, RunnerClosed
+from outrider_runtimes.nouns import dataclass
 from outrider_runtimes.tensors import Array, Interface, Tensors
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+Drop = Literal["newest", "oldest"]  # which request is refused when too many wait
 
 NEWEST_SHARE = 0.2  # of the newest duration in the average: five requests bring most of a change
 
@@ -26,7 +29,7 @@ class Timing(NamedTuple):
     total: float = 0.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Served:
     """What answered: a variant of a bundle on an engine. As in ``outrider.Prediction``."""
 
@@ -89,6 +92,9 @@ def wait(future: Future[Answer], deadline: Deadline) -> Answer:
         DeadlineExceeded: it did not end in time.
         RunnerClosed: it was cancelled.
     """
+    from concurrent.futures import CancelledError
+    from concurrent.futures import TimeoutError as FutureTimeout
+
     left_s = deadline.remaining_s()
     try:
         return future.result(None if left_s == math.inf else left_s)

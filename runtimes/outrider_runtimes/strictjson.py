@@ -7,12 +7,14 @@ import math
 import re
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-from numpy.typing import NDArray
 
 from outrider_runtimes.errors import OutriderError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Refuse = Callable[[str], OutriderError]
 

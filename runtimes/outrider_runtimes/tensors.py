@@ -6,15 +6,12 @@ dtypes of its own; its binding says how each of its tensors is made from the int
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from outrider_runtimes._inputs import (
     Check,
@@ -27,8 +24,11 @@ from outrider_runtimes._inputs import (
     readable_shape,
 )
 from outrider_runtimes.errors import FormatError
+from outrider_runtimes.nouns import dataclass
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from outrider_runtimes.processing import Processing
 
 __all__ = [
@@ -53,7 +53,7 @@ __all__ = [
     "compile_check",
 ]
 
-Array = NDArray[Any]
+Array: TypeAlias = "NDArray[Any]"
 Tensors = Mapping[str, Array]
 Shape = tuple[int | None, ...]
 
@@ -202,6 +202,9 @@ class Interface:
     @property
     def digest(self) -> str:
         """sha256 of the canonical JSON of all but the processing, in hex."""
+        import hashlib
+        import json
+
         text = json.dumps(self.offered(), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 

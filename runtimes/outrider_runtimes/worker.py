@@ -8,19 +8,17 @@ import threading
 import time
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from typing import Literal, Protocol, get_args
+from typing import Protocol, get_args
 
 from outrider_runtimes.deadline import Clock, Deadline
 from outrider_runtimes.errors import ConfigError, DeadlineExceeded, QueueFull, RunnerClosed
-from outrider_runtimes.runner import Answer, moved_average
+from outrider_runtimes.runner import Answer, Drop, moved_average
 from outrider_runtimes.tensors import Array, Interface, Tensors
 
 SICK_FACTOR = 10.0  # a late call is only late; one that takes ten times the usual is taken for stuck
 SICK_UNMEASURED_S = 1.0  # the same, before any call was measured
 STUCK = "a call is stuck in the engine"
 CLOSE_TIMEOUT_S = 5.0  # a stuck call cannot be ended; close() leaves its thread behind, which is a daemon
-
-Drop = Literal["newest", "oldest"]
 
 
 class Executor(Protocol):

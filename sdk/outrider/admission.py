@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from outrider_runtimes.errors import StoreError
+from outrider_runtimes.nouns import dataclass
 
 TIE = 1.01  # medians of some hundred runs that are closer than this are not told apart
+MEMORY_SHARE = 0.05  # of the RAM that two looks at one board may differ in
 KEPT = 4  # admissions of one bundle; a board has a service, a shell and little else
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Choice:
     """What serves here, and why.
 
@@ -27,7 +28,7 @@ class Choice:
     reason: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Measured:
     """One cell of the grid of variant, engine and threads. ``p50_ms`` is the median of ``runs`` calls."""
 
@@ -38,7 +39,7 @@ class Measured:
     runs: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Skipped:
     """What was left out, and why. ``variant`` is empty where a whole engine was, ``engine`` where a variant was."""
 
@@ -47,7 +48,7 @@ class Skipped:
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Admission:
     """What a bundle's first run on this board showed.
 
@@ -109,6 +110,16 @@ def remembered(choice: Mapping[str, Any]) -> tuple[Admission, ...]:
     if not isinstance(found, list) or not found:
         raise StoreError("what the store kept of an install is malformed", hint="install again")
     return tuple(Admission.from_dict(each) for each in found)
+
+
+def same_board(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether a choice that was made on one holds on the other: they differ in a little memory at most.
+
+    What a kernel leaves of the RAM changes with each of its versions.
+    """
+    memory = sorted(board.get("memory_bytes", 0) for board in (one, other))
+    alike = {**one, "memory_bytes": 0} == {**other, "memory_bytes": 0}
+    return alike and memory[1] - memory[0] <= memory[1] * MEMORY_SHARE
 
 
 def choose(measured: Sequence[Measured]) -> Choice:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -12,16 +11,11 @@ from typing import TYPE_CHECKING, Any
 from outrider.admission import Admission, Choice, Measured, Skipped, remember, remembered
 from outrider.bundle import Trust, find_trust
 from outrider.store import Installed, Store, find_state_dir
-from outrider_runtimes.board import this_board
-from outrider_runtimes.engines import engine_named
-from outrider_runtimes.errors import AdmissionError, MissingExtra, NoEngine, StoreError
+from outrider_runtimes.errors import StoreError
 
 if TYPE_CHECKING:
     from outrider.supervise import Limits
 
-log = logging.getLogger(__name__)
-
-MEMORY_SHARE = 0.05
 TRIAL_CALLS = 20  # that a bundle owes which replaces another one, before it has proven itself
 
 
@@ -110,57 +104,6 @@ def rollback(name: str, *, state: str | Path | None = None) -> InstallReport:
     """
     installed = Store(find_state_dir(state)).rollback(name)
     return _report(installed, remembered(installed.choice)[0], admitted=False)
-
-
-def admission_here(store: Store, installed: Installed, *, engine: str | None = None) -> Admission:
-    """What was measured of a bundle with the engine and on the board of now; measured again where nothing was.
-
-    Args:
-        store: where it is installed.
-        installed: the bundle.
-        engine: the one that shall serve; the chosen one where it is None.
-
-    Raises:
-        AdmissionError: it does not pass with the engine or on the board of now.
-        StoreError: what the store kept is malformed, or cannot be written.
-    """
-    known = remembered(installed.choice)
-    board = this_board().to_dict()
-    for admission in known:
-        if same_board(admission.board, board) and _same_version(admission, engine or admission.choice.engine):
-            return admission
-    from outrider.admit import admit  # here alone: nearly every load is done before
-
-    what = "the board" if not same_board(known[0].board, board) else f"{engine or known[0].choice.engine}'s version"
-    log.warning("%s: %s is another than when it was measured; measuring again", installed.name, what)
-    members = {member: installed.blob_path(member) for member in installed.present}
-    builds = {member: installed.build_path(member) for member in installed.present}
-    try:
-        admission = admit(installed.manifest, members, builds=builds)
-    except AdmissionError as error:
-        versions = ", ".join(f"{name} {version}" for name, version in known[0].engines.items())
-        error.hint = f"it passed when it was installed, with {versions}; go back to those, or export it again"
-        raise
-    store.rechoose(installed.name, installed.digest, remember(admission, known))
-    return admission
-
-
-def same_board(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether a choice that was made on one holds on the other: they differ in a little memory at most.
-
-    What a kernel leaves of the RAM changes with each of its versions.
-    """
-    memory = sorted(board.get("memory_bytes", 0) for board in (one, other))
-    alike = {**one, "memory_bytes": 0} == {**other, "memory_bytes": 0}
-    return alike and memory[1] - memory[0] <= memory[1] * MEMORY_SHARE
-
-
-def _same_version(admission: Admission, engine: str) -> bool:
-    """Whether an engine is what it was; one that was not measured, or is gone, is for the caller to refuse."""
-    try:
-        return engine not in admission.engines or engine_named(engine).version() == admission.engines[engine]
-    except (MissingExtra, NoEngine):
-        return True
 
 
 def _current(store: Store, digest: str) -> Installed | None:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from outrider.admission import Admission
-from outrider.bundle import OffloadRule, Trust, check_trust, find_trust
-from outrider.installer import admission_here, install
-from outrider.opening import BundleInfo, Isolation, Opened, Wanted, candidates, open_choice
+from outrider.bundle import Trust, check_trust, find_trust
+from outrider.opening import BundleInfo, Isolation, Opened, Wanted, admission_here, candidates, open_choice
 from outrider.prediction import OnPrediction, Prediction, Watchers
-from outrider.serving import Change, OnChange, Serving
 from outrider.store import Installed, Store, find_state_dir
-from outrider.stream import Stream
 from outrider_runtimes.bound import BoundSession
 from outrider_runtimes.deadline import Deadline
 from outrider_runtimes.errors import (
@@ -32,13 +27,19 @@ from outrider_runtimes.errors import (
     RunnerClosed,
     StoreError,
 )
-from outrider_runtimes.runner import Answer, Served, wait
+from outrider_runtimes.runner import Answer, Drop, Served, wait
 from outrider_runtimes.tensors import Array, Finite, Interface, Tensors, by_name
-from outrider_runtimes.worker import Drop, Worker
+
+# What an installed bundle does not need up to its first answer is imported where it is used: a start is short.
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from outrider.bundle import OffloadRule
+    from outrider.serving import Change, OnChange, Serving
+    from outrider.stream import Stream
+    from outrider_runtimes.worker import Worker
 
 __all__ = ["BundleInfo", "Model", "Prediction", "load"]
-
-log = logging.getLogger(__name__)
 
 MAX_CHANGES = 32  # that a model remembers
 
@@ -157,6 +158,7 @@ class _Loader:
             self._opened = self.open(installed)
             return self._opened.session, []
         from outrider.probation import begin
+        from outrider.serving import Serving
 
         self._opened, trial, changes = begin(self._store, installed, self.open, self.open_good)
         return Serving(self._opened, trial=trial), changes
@@ -166,6 +168,7 @@ class _Loader:
     ) -> Serving:
         """The same, on a ladder. Raises as ``load`` for a variant that the bundle does not have or cannot run here."""
         from outrider.ladder import Ladder, Rules
+        from outrider.serving import Serving
 
         opened = self._opened
         serving = serving if isinstance(serving, Serving) else Serving(opened)
@@ -234,8 +237,13 @@ def _of_path(store: Store, path: Path, trust: Trust) -> Installed:
         if installed.digest == digest and present <= installed.present:
             return installed
         if store.has_failed(name, digest):
+            import logging
+
+            log = logging.getLogger(__name__)
             log.warning("%s was rolled back when it was tried; `outrider install` tries it again", path)
             return installed
+    from outrider.installer import install
+
     install(path, trust=trust, state=store.root)
     return store.installed(name)
 
@@ -279,13 +287,13 @@ class Model:
         self._expected_ms = expected_ms
         self._served = Served(variant=variant, engine=engine, bundle=bundle.digest, verified=bundle.verified)
         self._changes: deque[Change] = deque(changes, MAX_CHANGES)
-        self._change_watchers = Watchers[Change]("on_change")
+        self._change_watchers: Watchers[Change] = Watchers("on_change")
         self._drop: Drop = drop
         self._watchers = Watchers[Prediction]()
         self._lock = threading.Lock()
         self._worker: Worker | None = None
         self._closed = False
-        if isinstance(session, Serving):
+        if not isinstance(session, BoundSession):
             session.on_change(self._changed)
 
     @property
@@ -304,7 +312,8 @@ class Model:
 
         Args:
             inputs: every input of the interface by name; where there is one input, its array alone will do.
-            deadline_ms: raise DeadlineExceeded when there is no answer by then, whatever the engine does.
+            deadline_ms: raise DeadlineExceeded when there is no answer by then, whatever the engine does. The first
+                call with one starts the model's own thread as well, which takes some milliseconds of it.
 
         Raises:
             InputError: an input is not what the interface says; nothing was run.
@@ -335,6 +344,8 @@ class Model:
 
     def stream(self, *, initial: Tensors | None = None) -> Stream:
         """A sequence of a recurrent model, which holds its state between calls; see Stream. Raises ConfigError."""
+        from outrider.stream import Stream
+
         return Stream(self, initial=initial)
 
     def submit(self, inputs: Tensors, deadline: Deadline) -> Future[Answer]:
@@ -416,6 +427,8 @@ class Model:
             if self._closed:
                 _refuse({})
             if self._worker is None:
+                from outrider_runtimes.worker import Worker
+
                 self._worker = Worker(self._session, drop=self._drop)
             return self._worker
 

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
-from outrider.admission import Admission, Choice, Measured, choose
-from outrider.store import Installed
+from outrider.admission import Admission, Choice, Measured, choose, remember, remembered, same_board
+from outrider.store import Installed, Store
+from outrider_runtimes.board import this_board
 from outrider_runtimes.bound import BoundSession
 from outrider_runtimes.engines import Session, engine_named
-from outrider_runtimes.errors import ConfigError, MissingExtra, NoEngine
+from outrider_runtimes.errors import AdmissionError, ConfigError, MissingExtra, NoEngine
+from outrider_runtimes.nouns import dataclass
 from outrider_runtimes.runner import Served
 from outrider_runtimes.tensors import Finite
-
-log = logging.getLogger(__name__)
 
 Isolation = Literal["thread", "process"]
 MAX_THREADS = 1024  # an engine starts each of them at once; far more take minutes and the machine's memory
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class BundleInfo:
     """Which bundle a model came from. ``digest`` is the sha256 of its manifest, in hex."""
 
@@ -72,6 +70,50 @@ class Opened:
         )
 
 
+def admission_here(store: Store, installed: Installed, *, engine: str | None = None) -> Admission:
+    """What was measured of a bundle with the engine and on the board of now; measured again where nothing was.
+
+    Args:
+        store: where it is installed.
+        installed: the bundle.
+        engine: the one that shall serve; the chosen one where it is None.
+
+    Raises:
+        AdmissionError: it does not pass with the engine or on the board of now.
+        StoreError: what the store kept is malformed, or cannot be written.
+    """
+    known = remembered(installed.choice)
+    board = this_board().to_dict()
+    for admission in known:
+        if same_board(admission.board, board) and _same_version(admission, engine or admission.choice.engine):
+            return admission
+    from outrider.admit import admit  # here alone: nearly every load is done before
+
+    what = "the board" if not same_board(known[0].board, board) else f"{engine or known[0].choice.engine}'s version"
+    import logging
+
+    log = logging.getLogger(__name__)
+    log.warning("%s: %s is another than when it was measured; measuring again", installed.name, what)
+    members = {member: installed.blob_path(member) for member in installed.present}
+    builds = {member: installed.build_path(member) for member in installed.present}
+    try:
+        admission = admit(installed.manifest, members, builds=builds)
+    except AdmissionError as error:
+        versions = ", ".join(f"{name} {version}" for name, version in known[0].engines.items())
+        error.hint = f"it passed when it was installed, with {versions}; go back to those, or export it again"
+        raise
+    store.rechoose(installed.name, installed.digest, remember(admission, known))
+    return admission
+
+
+def _same_version(admission: Admission, engine: str) -> bool:
+    """Whether an engine is what it was; one that was not measured, or is gone, is for the caller to refuse."""
+    try:
+        return engine not in admission.engines or engine_named(engine).version() == admission.engines[engine]
+    except (MissingExtra, NoEngine):
+        return True
+
+
 def open_choice(installed: Installed, admission: Admission, wanted: Wanted, *, verified: bool) -> Opened:
     """Load the best choice whose engine is still there.
 
@@ -86,6 +128,9 @@ def open_choice(installed: Installed, admission: Admission, wanted: Wanted, *, v
             raw = _prepared(installed, choice, wanted)
         except (MissingExtra, NoEngine) as error:
             gone.append(error)
+            import logging  # here: most loads have nothing to say
+
+            log = logging.getLogger(__name__)
             log.warning("%s was measured best for %s but is gone: %s", choice.engine, installed.name, error)
             continue
         return Opened(

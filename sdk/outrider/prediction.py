@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 from outrider_runtimes.runner import Timing
 from outrider_runtimes.tensors import Array
-
-log = logging.getLogger(__name__)
 
 Source = Literal["edge", "cloud", "edge_degraded"]
 
@@ -94,4 +91,7 @@ class _Watcher(Generic[T]):
         """Log the exception that is being handled, the first time."""
         if not self._told:
             self._told = True
+            import logging
+
+            log = logging.getLogger(__name__)
             log.exception("an %s callback failed; the answers are not affected; told once", self._kind)

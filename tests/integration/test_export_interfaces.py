@@ -90,3 +90,39 @@ def test_every_variant_takes_and_gives_what_the_network_does(tmp_path, mapping, 
     )
     assert (by_name["image"].range, by_name["features"].axes) == ((-3.0, 3.0), "NCHW")
     assert by_name["score"].meaning == "how sure"
+
+
+class Gathered(nn.Module):
+    """One parameter for two inputs: a dict by name, or a tuple where the annotation says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(2, 4)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.relu(self.first(batch["a"])) + self.second(batch["b"])
+
+
+class GatheredInOrder(Gathered):
+    def forward(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return super().forward({"a": batch[0], "b": batch[1]})
+
+
+@pytest.mark.parametrize("kind", [Gathered, GatheredInOrder])
+def test_a_forward_that_takes_all_inputs_as_one(tmp_path, kind):
+    torch.manual_seed(0)
+    network, rng = kind(), np.random.default_rng(0)
+    given = {"a": rng.standard_normal((6, 3)).astype(np.float32), "b": rng.standard_normal((6, 2)).astype(np.float32)}
+    report = export(
+        network,
+        example={name: array[:1] for name, array in given.items()},
+        outputs=["y"],
+        data=Data(test=given),
+        evaluate=lambda predict, test: {"mean": float(predict(test)["y"].mean())},
+        output=tmp_path / "gathered.outrider",
+    )
+    tensors = [torch.from_numpy(array) for array in given.values()]
+    wanted = Gathered.forward(network, dict(zip(given, tensors, strict=True))).detach().numpy()
+    for variant in ("onnx-float32", "tflite-float32"):
+        with outrider.load(report.bundle, state=tmp_path / "state", variant=variant) as model:
+            assert np.allclose(model.predict(given)["y"], wanted, atol=1e-5)

@@ -14,16 +14,13 @@ from hypothesis import strategies as st
 from outrider.bundle import open_bundle, verify_bundle
 from outrider.bundle.format import (
     ALIGNMENT,
-    MAX_MANIFEST_SIZE_BYTES,
-    MAX_MEMBER_SIZE_BYTES,
-    MAX_MEMBERS,
-    MAX_SIGNATURES,
     Header,
     layout,
     pack_header,
     unpack_header,
     unpack_presence,
 )
+from outrider.bundle.limits import MAX_MANIFEST_SIZE_BYTES, MAX_MEMBER_SIZE_BYTES, MAX_MEMBERS, MAX_SIGNATURES
 from outrider_runtimes.errors import BundleError, FormatError, IntegrityError, UnsupportedBundle
 from support.bundles import assemble, make_bundle, manifest_data, split
 from support.keys import private_key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import tracemalloc
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from outrider.bundle import load_golden, open_bundle, parse_manifest
-from outrider.bundle.format import MAX_MANIFEST_SIZE_BYTES
+from outrider.bundle.limits import MAX_MANIFEST_SIZE_BYTES
 from outrider_runtimes.errors import BundleError, FormatError, UnsupportedBundle
 from support.bundles import assemble, make_bundle, manifest_data, split
 
@@ -52,6 +53,21 @@ def test_what_is_sound_parses_and_says_what_it_said(sound):
     with pytest.raises(BundleError, match="no variant 'x'") as caught:
         manifest.variant("x")
     assert "onnx-float32" in caught.value.hint
+
+
+def test_the_digest_is_the_sha256_of_the_bytes(sound):
+    raw = encode(sound)
+    assert parse_manifest(raw).digest == hashlib.sha256(raw).hexdigest()
+
+
+def test_of_what_is_known_the_golden_is_looked_at_when_it_is_asked_for(sound):
+    assert parse_manifest(encode(sound), known=True) == parse_manifest(encode(sound))
+    broken = encode(changed(sound, "golden/rows", 0))
+    with pytest.raises(FormatError, match="rows"):
+        parse_manifest(broken)
+    manifest = parse_manifest(broken, known=True)
+    with pytest.raises(FormatError, match="rows"):
+        _ = manifest.golden
 
 
 def test_unknown_keys_are_kept_everywhere(sound):

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import outrider
+from outrider.admission import same_board
 from outrider.bundle import Trust, generate_key, save_keypair, thin_bundle
-from outrider.installer import InstallReport, install, rollback, same_board
+from outrider.installer import InstallReport, install, rollback
 from outrider.model import BundleInfo, Model, Prediction, load
 from outrider.store import Store
 from outrider_runtimes.board import this_board

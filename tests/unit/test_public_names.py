@@ -147,7 +147,7 @@ def test_importing_outrider_loads_numpy_and_the_standard_library_alone() -> None
 
 def test_importing_adds_little_to_numpy() -> None:
     with_outrider = {name for name in fresh("import outrider") if name.startswith("outrider")}
-    below = {f"outrider_runtimes.{name}" for name in ("_inputs", "errors", "tensors")}
+    below = {f"outrider_runtimes.{name}" for name in ("_inputs", "errors", "nouns", "tensors")}
     assert with_outrider == {"outrider", "outrider_runtimes", *below}
 
 
@@ -155,10 +155,22 @@ def test_what_only_an_install_needs_is_not_loaded_with_load() -> None:
     """A board's service starts by ``load``; each of these is some milliseconds of its start."""
     modules = fresh("import outrider; outrider.load")
     heavy = {"subprocess", "tempfile", "shutil", "random", "importlib.metadata", "email"}
-    ours = {
-        f"outrider.{name}" for name in ("admit", "supervise", "trial", "probation", "bundle.reader", "bundle.writer")
+    heavy |= {"base64", "concurrent.futures", "hashlib", "logging", "queue", "sysconfig"}
+    install = ("admit", "installer", "supervise", "trial", "probation", "bundle.reader", "bundle.writer")
+    later = ("bundle.format", "bundle.golden", "bundle.offload", "ladder", "serving", "stream")
+    ours = {f"outrider.{name}" for name in (*install, *later)} | {
+        "outrider_runtimes.golden",
+        "outrider_runtimes.worker",
     }
     assert (heavy | ours) & set(modules) == set()
+
+
+def test_an_engine_by_its_name_brings_no_other() -> None:
+    program = "from outrider_runtimes.engines import engine_named; engine_named({!r})"
+    for name, other in (("onnxruntime", "_interpreter"), ("litert", "onnxruntime")):
+        modules = fresh(program.format(name))
+        assert f"outrider_runtimes.engines.{name}" in modules
+        assert f"outrider_runtimes.engines.{other}" not in modules
 
 
 @pytest.mark.parametrize("name", ["load", "install", "Model", "Prediction", "Policy", "Hybrid"])

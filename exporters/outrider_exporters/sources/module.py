@@ -61,6 +61,7 @@ class PositionalModule(nn.Module):
         self._keras = is_keras(module)
         self.trained: Trained | None = None
         self._by_keyword = not self._keras and _takes_keywords(module, self._inputs)
+        self._gathered = None if self._keras or self._by_keyword else _gathers(module, self._inputs)
         self.eval()
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -69,6 +70,9 @@ class PositionalModule(nn.Module):
             result = call_keras(self.module, self._inputs, tensors, training=self.training)
         elif self._by_keyword:
             result = self.module(**dict(zip(self._inputs, tensors, strict=True)))
+        elif self._gathered is not None:
+            together = dict(zip(self._inputs, tensors, strict=True)) if self._gathered is dict else tensors
+            result = self.module(together)
         else:
             result = self.module(*tensors)
         return _ordered(result, self._outputs)
@@ -147,7 +151,8 @@ def describe_module(
     NT (2 axes, integers), else as letters without a meaning; an output of the state has its input's.
 
     Args:
-        module: its ``forward`` gets the inputs by name where its parameters are called so, else in the example's order.
+        module: its ``forward`` gets the inputs by name where its parameters are called so, else in the example's order;
+            a ``forward`` with one parameter gets several inputs as one dict, or as one tuple where it is annotated so.
         example: arrays by input name, at least one row.
         outputs: names for what it returns: in order for a tensor or a tuple, the keys to take for a dict.
         axes, ranges, meanings: by tensor name, inputs and outputs; see TensorSpec.
@@ -325,6 +330,16 @@ def _flat(result: Any) -> tuple[torch.Tensor, ...]:
     if isinstance(result, (tuple, list)):
         return tuple(tensor for item in result for tensor in _flat(item))
     return (result,)
+
+
+def _gathers(module: nn.Module, names: Sequence[str]) -> type | None:
+    """What a ``forward`` with one parameter gets of several inputs: a tuple where its annotation says tuple, list or
+    sequence, else a dict by name; None where it has a parameter an input."""
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    if len(names) < 2 or len(parameters) != 1 or parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
+        return None
+    said = str(parameters[0].annotation).lower()
+    return tuple if any(word in said for word in ("tuple", "list", "sequence")) else dict
 
 
 def _takes_keywords(module: nn.Module, names: Sequence[str]) -> bool:

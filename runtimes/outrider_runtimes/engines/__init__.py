@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from outrider_runtimes.errors import NoEngine
+from outrider_runtimes.nouns import dataclass
 from outrider_runtimes.tensors import Array, Shape
-
-log = logging.getLogger(__name__)
 
 ENTRY_POINTS = "outrider.engines"
 
@@ -128,31 +125,48 @@ def find_engines(root: Path = Path("/")) -> tuple[Engine, ...]:
     """
     from outrider_runtimes.engines.onnxruntime import ACCELERATED, has_nvidia_gpu
 
-    return (*(ACCELERATED if has_nvidia_gpu(root) else ()), *_own(), *_strangers())
+    own = (make() for make in _OWN.values())
+    return (*(ACCELERATED if has_nvidia_gpu(root) else ()), *own, *_strangers())
 
 
 def engine_named(name: str) -> Engine:
     """The engine of that name, usable here or not. Raises NoEngine for a name that no engine has."""
+    if name in _OWN:
+        return _OWN[name]()
     from outrider_runtimes.engines.onnxruntime import ACCELERATED
 
-    own = (*_own(), *ACCELERATED)
-    for engine in own:
+    others = [*ACCELERATED, *_strangers()]  # strangers last: that reads the metadata of all that is installed
+    for engine in others:
         if engine.name == name:
             return engine
-    strangers = _strangers()  # looked for last: it reads the metadata of all that is installed
-    for engine in strangers:
-        if engine.name == name:
-            return engine
-    names = ", ".join(engine.name for engine in (*own, *strangers))
+    names = ", ".join([*_OWN, *(engine.name for engine in others)])
     raise NoEngine(f"there is no engine {name!r}", hint=f"the engines are {names}")
 
 
-def _own() -> tuple[Engine, ...]:
-    from outrider_runtimes.engines.litert import LiteRtEngine
+def _onnxruntime() -> Engine:
     from outrider_runtimes.engines.onnxruntime import OnnxRuntimeEngine
+
+    return OnnxRuntimeEngine()
+
+
+def _litert() -> Engine:
+    from outrider_runtimes.engines.litert import LiteRtEngine
+
+    return LiteRtEngine()
+
+
+def _tflite_runtime() -> Engine:
     from outrider_runtimes.engines.tflite_runtime import TfliteRuntimeEngine
 
-    return (OnnxRuntimeEngine(), LiteRtEngine(), TfliteRuntimeEngine())
+    return TfliteRuntimeEngine()
+
+
+# By name, best first for each format. Each is imported by itself: a start that needs one does not pay for the others.
+_OWN: Mapping[str, Callable[[], Engine]] = {
+    "onnxruntime": _onnxruntime,
+    "litert": _litert,
+    "tflite_runtime": _tflite_runtime,
+}
 
 
 def _strangers() -> tuple[Engine, ...]:
@@ -163,6 +177,9 @@ def _strangers() -> tuple[Engine, ...]:
         try:
             found.append(entry.load()())
         except Exception as error:  # one that is broken takes no other down with it
+            import logging  # here, and in all that a load imports: most loads have nothing to say
+
+            log = logging.getLogger(__name__)
             log.warning("the engine %r of %s cannot be loaded: %r", entry.name, entry.value, error)
     return tuple(found)
 

@@ -9,7 +9,7 @@ Any other file is known by its tensors' names as they stand, and only its main g
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from outrider_runtimes.engines import FileTensor, Session
 from outrider_runtimes.engines._library import Library, one_line
 from outrider_runtimes.errors import InferenceError, ModelLoadError
+from outrider_runtimes.nouns import dataclass
 from outrider_runtimes.tensors import DTYPES, Array, Shape
 
 _IDENTIFIER = b"TFL3"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from dataclasses import dataclass
 from typing import Any
 
 from outrider_runtimes.errors import MissingExtra, NoEngine
+from outrider_runtimes.nouns import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ the CPU. Where a way cannot be used, its ``check`` or ``prepare`` says why, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from outrider_runtimes.engines import FileTensor
 from outrider_runtimes.engines._library import Library, one_line
 from outrider_runtimes.engines._protobuf import refuse_external_data
 from outrider_runtimes.errors import InferenceError, ModelLoadError
+from outrider_runtimes.nouns import dataclass
 from outrider_runtimes.tensors import Array
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"

@@ -6,14 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from outrider.bundle.manifest import (
-    Golden,
-    GoldenTensor,
     Manifest,
     Member,
     Variant,
     parse_manifest,
 )
-from outrider.bundle.offload import OffloadRule
 from outrider.bundle.sign import (
     Signature,
     Trust,
@@ -28,6 +25,8 @@ from outrider.bundle.sign import (
 )
 
 if TYPE_CHECKING:
+    from outrider.bundle.golden import Golden, GoldenTensor
+    from outrider.bundle.offload import OffloadRule
     from outrider.bundle.reader import Bundle, GoldenArrays, VerifiedBundle, load_golden, open_bundle, verify_bundle
     from outrider.bundle.writer import set_tolerance, sign_bundle, thin_bundle, write_bundle
 
@@ -63,6 +62,8 @@ __all__ = [
 
 # What only an install, an export or the command line needs: what loads an installed bundle starts without it.
 _LATER = {
+    "golden": ("Golden", "GoldenTensor"),
+    "offload": ("OffloadRule",),
     "reader": ("Bundle", "GoldenArrays", "VerifiedBundle", "load_golden", "open_bundle", "verify_bundle"),
     "writer": ("set_tolerance", "sign_bundle", "thin_bundle", "write_bundle"),
 }

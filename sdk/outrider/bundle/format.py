@@ -6,6 +6,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from outrider.bundle.limits import MAX_MANIFEST_SIZE_BYTES, MAX_MEMBERS, MAX_SIGNATURES, SIGNATURE_SIZE_BYTES
 from outrider_runtimes.errors import FormatError, UnsupportedBundle
 
 # The first byte is not ASCII and the last is a line feed, so that a transfer in text mode shows at once.
@@ -13,13 +14,7 @@ MAGIC = b"\x89OUTRDR\n"
 FORMAT_VERSION = 1
 HEADER = struct.Struct("<8sIIQII32s")
 HEADER_SIZE_BYTES = HEADER.size
-SIGNATURE_SIZE_BYTES = 32 + 64
 ALIGNMENT = 64
-
-MAX_MANIFEST_SIZE_BYTES = 4 << 20
-MAX_SIGNATURES = 64
-MAX_MEMBERS = 1024
-MAX_MEMBER_SIZE_BYTES = 2 << 30
 
 ABSENT, PRESENT = 0, 1
 

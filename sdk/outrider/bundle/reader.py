@@ -18,7 +18,6 @@ import numpy as np
 
 from outrider.bundle.format import (
     HEADER_SIZE_BYTES,
-    SIGNATURE_SIZE_BYTES,
     Header,
     Layout,
     Span,
@@ -26,7 +25,9 @@ from outrider.bundle.format import (
     unpack_header,
     unpack_presence,
 )
-from outrider.bundle.manifest import GoldenTensors, Manifest, parse_manifest
+from outrider.bundle.golden import GoldenTensors
+from outrider.bundle.limits import SIGNATURE_SIZE_BYTES
+from outrider.bundle.manifest import Manifest, parse_manifest
 from outrider.bundle.sign import Signature, Trust, check_records, check_trust
 from outrider_runtimes.errors import BundleError, FormatError, IntegrityError
 from outrider_runtimes.tensors import Array

@@ -5,19 +5,16 @@ A signature says that the holder of a key signed the manifest's sha256. Whether 
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hashlib
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outrider.bundle.files import create_file
-from outrider.bundle.format import SIGNATURE_SIZE_BYTES
+from outrider.bundle.limits import SIGNATURE_SIZE_BYTES
 from outrider_runtimes.errors import BundleError, FormatError, IntegrityError, TrustError
+from outrider_runtimes.nouns import dataclass
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -42,6 +39,8 @@ class Signature:
 
 def key_id(public_key: bytes) -> str:
     """The short name of a public key: the first 16 hex digits of its sha256."""
+    import hashlib
+
     return hashlib.sha256(public_key).hexdigest()[:16]
 
 
@@ -122,7 +121,9 @@ def save_keypair(directory: Path, name: str, key: Ed25519PrivateKey | None = Non
     key = key or generate_key()
     private, public = directory / f"{name}.key", directory / f"{name}.pub"
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    line = f"{base64.b64encode(public_bytes(key)).decode()} {name} {key_id(public_bytes(key))}\n"
+    from base64 import b64encode
+
+    line = f"{b64encode(public_bytes(key)).decode()} {name} {key_id(public_bytes(key))}\n"
     if public.exists():
         raise BundleError(f"{public} exists already", hint="choose another name; keys are never overwritten")
     create_file(private, pem, mode=0o600)
@@ -154,10 +155,12 @@ def load_private_key(path: str | Path) -> Ed25519PrivateKey:
 
 def load_public_key(path: str | Path) -> bytes:
     """The 32 bytes of a ``.pub`` file: one line of base64, and a comment if it likes. Raises TrustError."""
+    from base64 import b64decode
+
     words = _read_small(Path(path), TrustError).split()
     try:
-        key = base64.b64decode(words[0], validate=True)
-    except (IndexError, binascii.Error, ValueError):
+        key = b64decode(words[0], validate=True)
+    except (IndexError, ValueError):  # of which binascii.Error is one
         key = b""
     if len(key) != KEY_SIZE_BYTES:
         raise TrustError(f"{path} is not a public key", hint="it is one line: base64 of 32 bytes, then a comment")

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from outrider.bundle.files import atomic_file
-from outrider.bundle.format import ABSENT, MAX_SIGNATURES, PRESENT, SIGNATURE_SIZE_BYTES, Header, layout, pack_header
+from outrider.bundle.format import ABSENT, PRESENT, Header, layout, pack_header
+from outrider.bundle.golden import Golden
+from outrider.bundle.limits import MAX_SIGNATURES, SIGNATURE_SIZE_BYTES
 from outrider.bundle.manifest import (
     MANIFEST_FORMAT,
-    Golden,
     Manifest,
     Member,
     Variant,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from outrider.bundle import Manifest, Signature
 from outrider_runtimes.errors import BundleError, StoreError
+from outrider_runtimes.nouns import dataclass
 
 REINSTALL = "install the bundle again: `outrider install BUNDLE`"
 
@@ -60,6 +60,8 @@ class Installed:
 
     def read(self, member: str) -> bytes:
         """The bytes of a member, hashed again. Raises StoreError when they are not the ones that were installed."""
+        import hashlib
+
         data = read_bounded(self.blob_path(member), self.manifest.member(member).size_bytes)
         if hashlib.sha256(data).hexdigest() != self.manifest.member(member).sha256:
             raise StoreError(f"member {member!r} of {self.name!r} was damaged in the store", hint=REINSTALL)
@@ -78,6 +80,8 @@ def builds_of(root: Path) -> Path:
 
 def is_whole(path: Path, sha256: str) -> bool:
     """Whether a blob is there and has the hash that its name says. Reads all of it."""
+    import hashlib
+
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:

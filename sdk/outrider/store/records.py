@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from base64 import b64decode, b64encode
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from outrider.bundle import Signature
 from outrider.bundle.manifest import SHA256, parse_json
 from outrider.store.blobs import Installed
 from outrider_runtimes.errors import StoreError
+from outrider_runtimes.nouns import dataclass
 
 RECORD_FORMAT = 1
 # A record lists at most two bundles of 1,024 members; far more than this is no record of ours.
@@ -50,7 +49,7 @@ class Entry:
             "digest": self.digest,
             "version": self.version,
             "verified": self.verified,
-            "signatures": [b64encode(signature.public_key).decode() for signature in self.signatures],
+            "signatures": [_base64(signature.public_key) for signature in self.signatures],
             "present": list(self.present),
             "blobs": sorted(self.blobs),
             "choice": dict(self.choice),
@@ -63,7 +62,7 @@ class Entry:
             digest=_hex(data["digest"]),
             version=int(data["version"]),
             verified=data["verified"] is True,
-            signatures=tuple(Signature(public_key=b64decode(key, validate=True)) for key in data["signatures"]),
+            signatures=tuple(_signature(key) for key in data["signatures"]),
             present=tuple(str(path) for path in data["present"]),
             blobs=frozenset(_hex(blob) for blob in data["blobs"]),
             choice=dict(data["choice"]),
@@ -131,6 +130,19 @@ class Record:
             trial=None if trial is None else Trial(left=int(trial["left"]), strikes=int(trial["strikes"])),
             failed=tuple(_hex(digest) for digest in data.get("failed", ())),
         )
+
+
+def _base64(data: bytes) -> str:
+    from base64 import b64encode
+
+    return b64encode(data).decode()
+
+
+def _signature(key: str) -> Signature:
+    """Raises ValueError for what is no base64."""
+    from base64 import b64decode  # only where there are signatures
+
+    return Signature(public_key=b64decode(key, validate=True))
 
 
 def _hex(value: object) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,8 +14,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from outrider.bundle import Manifest, Trust, parse_manifest
 from outrider.bundle.files import atomic_file, sync_directory
-from outrider.bundle.format import MAX_MANIFEST_SIZE_BYTES
-from outrider.bundle.manifest import NAME
+from outrider.bundle.limits import MAX_MANIFEST_SIZE_BYTES
+from outrider.bundle.manifest import NAME, manifest_digest
 from outrider.store.blobs import (
     REINSTALL,
     Installed,
@@ -28,12 +27,12 @@ from outrider.store.blobs import (
 )
 from outrider.store.marks import Mark, died_inside
 from outrider.store.records import MAX_RECORD_SIZE_BYTES, Entry, Record, Trial
-from outrider.store.staging import Staging, held_by, remove_tree
 from outrider.store.state import system_errors
 from outrider_runtimes.errors import NotInstalled, OutriderError, StoreError
 
 if TYPE_CHECKING:
     from outrider.bundle import Bundle
+    from outrider.store.staging import Staging
 
 MAX_FAILED = 8  # digests that are remembered
 
@@ -269,6 +268,8 @@ class Store:
             choice={},
             root=self.root,
         )
+        from outrider.store.staging import Staging
+
         with self._locked():
             return Staged(self, installed, Staging(self._tmp, Entry.of(installed, {}).blobs))
 
@@ -339,9 +340,9 @@ class Store:
 
     def _load(self, name: str, entry: Entry) -> Installed:
         raw = read_bounded(blob_path_of(self.root, entry.digest), MAX_MANIFEST_SIZE_BYTES)
-        if hashlib.sha256(raw).hexdigest() != entry.digest:
+        if manifest_digest(raw) != entry.digest:
             raise StoreError(f"the manifest of {name!r} was damaged in the store", hint=REINSTALL)
-        manifest = parse_manifest(raw)
+        manifest = parse_manifest(raw, known=True)
         sizes = {member.path: (member.sha256, member.size_bytes) for member in manifest.members}
         for path in entry.present:
             sha256, size_bytes = sizes.get(path, ("", 0))
@@ -358,6 +359,8 @@ class Store:
 
     def _sweep(self) -> None:
         """Under the lock. An unreadable record may name any blob, so then all blobs stay."""
+        from outrider.store.staging import held_by, remove_tree
+
         with suppress(OSError, StoreError):
             keep = {digest for folder in self._tmp.iterdir() for digest in held_by(folder)}
             for stray in self._names.glob(".*.tmp"):
