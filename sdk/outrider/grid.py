@@ -21,10 +21,10 @@ ROUNDS = 7
 ROUNDS_FOR_ALL = 3  # then only what may still turn out the fastest
 CONTENDS = 1.25  # times the fastest so far
 BLOCK_S = 0.06
-MAX_BLOCK_CALLS = 100  # of a 20 us model, else one interruption by the system would decide
+MAX_BLOCK_CALLS = 1000  # of a 20 us model, else one interruption by the system would decide
 WARM_UP_S = 0.05  # of a session that was just opened
-MAX_WARM_UPS = 20
-REWARM_UPS = 2  # of one that was open: another cell's weights are in the caches
+REWARM_S = 0.01  # of one that was open: another cell's weights are in the caches, and its threads still spin
+MAX_WARM_UPS = 500
 BUDGET_S = 30.0  # a round that would end later than this is not begun; the first always is
 
 
@@ -106,7 +106,7 @@ def time_block(cell: Cell, *, clock: Clock) -> None:
         cell.session = cell.open()
         _repeat(cell, clock, budget_s=WARM_UP_S, most=MAX_WARM_UPS)
     else:
-        _repeat(cell, clock, budget_s=WARM_UP_S, most=REWARM_UPS)
+        _repeat(cell, clock, budget_s=REWARM_S, most=MAX_WARM_UPS)
     cell.taken_s += _repeat(cell, clock, budget_s=BLOCK_S, most=MAX_BLOCK_CALLS)
 
 

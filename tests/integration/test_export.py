@@ -144,6 +144,20 @@ def test_each_variant_is_the_network_up_to_its_precision(exported):
         assert report.variant(f"{kind}-float32").metrics == report.stages[-1].metrics
 
 
+def test_report_and_manifest_say_how_alike_a_quantized_variant_answers(exported, data):
+    report, _, _ = exported
+    with open_bundle(report.bundle) as bundle:
+        measured = {variant.name: variant.measured for variant in bundle.manifest.variants}
+    shown = {variant["name"]: variant for variant in report.to_dict()["variants"]}
+    for kind in ("onnx", "tflite"):
+        assert measured[f"{kind}-float32"]["likeness"] is None
+        likeness = measured[f"{kind}-int8"]["likeness"]
+        assert likeness == shown[f"{kind}-int8"]["likeness"]
+        assert likeness["rows"] == len(data.test[1])
+        assert likeness["snr_db"] > 10.0
+        assert 0.0 <= likeness["changed"] < 0.1
+
+
 def test_every_gate_was_judged_on_every_variant(exported):
     report, _, _ = exported
     assert len(report.gates) == 3 * len(VARIANTS)

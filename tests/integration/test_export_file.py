@@ -163,6 +163,30 @@ def test_a_truncated_file_and_a_file_of_nan(tmp_path):
     assert not (tmp_path / "out.outrider").exists()
 
 
+def test_a_missed_gate_ends_the_command_with_1_and_says_which(tmp_path, monkeypatch, capsys):
+    save(tmp_path, "onnx")
+    (tmp_path / "recipe_of_a_gate.py").write_text(
+        "from test_export_file import accuracy, data\n"
+        "def rest():\n"
+        "    return {'data': data('onnx'), 'evaluate': accuracy}\n"
+    )
+    (tmp_path / "recipe.toml").write_text(
+        'name = "digits"\n[model]\nfile = "m.onnx"\nsource = "recipe_of_a_gate:rest"\n'
+        '[[gates]]\ntype = "max_size"\nbytes = 10\n'
+    )
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    output = tmp_path / "out.outrider"
+    assert cli.main(["export", str(tmp_path / "recipe.toml"), "--output", str(output)]) == 1
+    said = capsys.readouterr().err
+    assert "error: " in said
+    assert "onnx-float32" in said
+    assert f"{len(CONTENT['onnx'])} bytes" in said.replace(",", "")
+    assert "10 bytes" in said or "at most 10" in said
+    assert "hint: no bundle was written" in said
+    assert "Traceback" not in said
+    assert not output.exists()
+
+
 def test_a_recipe_file_that_names_a_model_file(tmp_path, monkeypatch, capsys):
     save(tmp_path, "onnx")
     (tmp_path / "recipe_of_a_file.py").write_text(

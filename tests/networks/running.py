@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ class Figures:
         parity: largest difference from PyTorch, as a share of the output range.
         changed: share of decisions that differ from the float32 variant of the same format; NaN where none are taken.
         snr_db: power of the float32 variant's outputs over the power of the difference.
-        operators: of an ONNX file; empty for TFLite.
+        operators: how many of each the file has.
     """
 
     variant: str
@@ -44,7 +45,7 @@ class Figures:
     changed: float
     snr_db: float
     size_bytes: int
-    operators: frozenset[str]
+    operators: Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +193,7 @@ def _run(
             changed=_changed(trained, before, outputs),
             snr_db=snr_db(before, outputs),
             size_bytes=len(files[variant]),
-            operators=_operators(files[variant]) if variant.startswith("onnx") else frozenset(),
+            operators=operators_of(files[variant], variant.partition("-")[0]),
         )
     return figures
 
@@ -211,8 +212,16 @@ def _network_outputs(
         session.close()
 
 
-def _operators(onnx_file: bytes) -> frozenset[str]:
-    return frozenset(node.op_type for node in onnx.load_from_string(onnx_file).graph.node)
+def operators_of(file: bytes, model_format: str) -> Mapping[str, int]:
+    """How many of each operator a file has, in all of its graphs."""
+    if model_format == "onnx":
+        return Counter(node.op_type for node in onnx.load_from_string(file).graph.node)
+    from ai_edge_litert import schema_py_generated as schema
+
+    names = {number: name for name, number in vars(schema.BuiltinOperator).items() if isinstance(number, int)}
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(file, 0))
+    codes = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in model.operatorCodes]
+    return Counter(names[codes[node.opcodeIndex]] for graph in model.subgraphs for node in graph.operators)
 
 
 def _metric(case: Case, trained: Trained, predict: Predict, outputs: Outputs) -> float:

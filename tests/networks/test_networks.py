@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from networks.recurrent import STEPS
 from networks.running import FORMATS, Ran, run_case
 from networks.table import CASES
 
@@ -85,6 +86,14 @@ def test_both_engines_ran(ran):
 def test_recurrent_layers_stay_one_operator_in_onnx(ran):
     files = [figures for figures in ran.variants.values() if figures.variant.startswith("onnx")]
     assert all(ran.case.keeps in {"", *figures.operators} for figures in files), files
+
+
+def test_recurrent_layers_are_unrolled_in_tflite(ran):
+    """A matrix product a step at least, and no operator that is a sequence or a loop of its own."""
+    for figures in ran.variants.values():
+        if figures.variant.startswith("tflite") and ran.case.keeps:
+            assert not [name for name in figures.operators if "SEQUENCE" in name or name in ("WHILE", "LSTM", "RNN")]
+            assert figures.operators["FULLY_CONNECTED"] + figures.operators["BATCH_MATMUL"] >= STEPS, figures
 
 
 def test_the_table_has_every_item_of_the_list():
