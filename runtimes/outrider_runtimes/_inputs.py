@@ -145,7 +145,7 @@ def _passes(spec: TensorSpec, finite: Finite) -> Callable[[Array], bool] | None:
     if finite == "pass" or np.dtype(spec.dtype).kind != "f":
         return None
     if finite == "reject" or spec.range is None:
-        return _all_finite
+        return all_finite
     low, high = _bounds(spec)
     return lambda array: not array.size or bool(low <= array.min() and array.max() <= high)  # False for NaN
 
@@ -239,7 +239,7 @@ def readable_shape(spec: TensorSpec) -> str:
     return "[" + ", ".join(f"{a}" if s is None else str(s) for a, s in zip(letters, spec.shape, strict=True)) + "]"
 
 
-def _all_finite(array: Array) -> bool:
+def all_finite(array: Array) -> bool:
     """Whether all values are finite. array: C-contiguous floats of any shape."""
     if array.dtype.itemsize == 2:
         return _all_finite_16(array)

@@ -12,27 +12,49 @@ from queue import SimpleQueue
 from outrider_runtimes.errors import RemoteUnavailable
 
 MAX_LOOKUPS = 64
+# One that hangs takes half a minute: so many names may hang before the next one waits for them.
+MAX_THREADS = 4
 
 Address = tuple[socket.AddressFamily, tuple[str, int] | tuple[str, int, int, int]]
 
 
-def literal(host: str, port: int) -> Address | None:
+def literals(host: str, port: int) -> list[Address]:
+    """The addresses of a host that needs no resolver: a number, or ``localhost``, which RFC 6761 (6.3) fixes."""
+    hosts = ("::1", "127.0.0.1") if host == "localhost" else (host,)
     try:
-        version = ipaddress.ip_address(host).version
+        return [_address(each, port) for each in hosts]
     except ValueError:
-        return None
-    return (socket.AF_INET6, (host, port, 0, 0)) if version == 6 else (socket.AF_INET, (host, port))
+        return []
+
+
+def _address(host: str, port: int) -> Address:
+    number = ipaddress.ip_address(host)
+    if isinstance(number, ipaddress.IPv4Address):
+        return socket.AF_INET, (host, port)
+    return socket.AF_INET6, (host.partition("%")[0], port, 0, _interface(number.scope_id))
+
+
+def _interface(scope: str | None) -> int:
+    """The number of what a link-local address is on. Raises ValueError where there is none of that name."""
+    if scope is None or scope.isdigit():
+        return int(scope or 0)
+    try:
+        return socket.if_nametoindex(scope)
+    except OSError:
+        raise ValueError(scope) from None
 
 
 class _Resolver:
-    """``getaddrinfo`` in one daemon thread: it cannot be interrupted, so nobody may have to wait for its return."""
+    """``getaddrinfo`` in daemon threads: it cannot be interrupted, so nobody may have to wait for its return.
+
+    Another thread is started where all are busy, up to MAX_THREADS; they stay.
+    """
 
     def __init__(self) -> None:
-        self.pid = os.getpid()
+        self._threads = 0
         self._lock = threading.Lock()
         self._waiting: dict[tuple[str, int], Future[list[Address]]] = {}
         self._queue: SimpleQueue[tuple[str, int]] = SimpleQueue()
-        threading.Thread(target=self._work, name="outrider-dns", daemon=True).start()
 
     def lookup(self, host: str, port: int) -> Future[list[Address]]:
         """The addresses, some time; callers that ask for the same name share one answer."""
@@ -43,6 +65,9 @@ class _Resolver:
                     raise RemoteUnavailable(f"{host}: {MAX_LOOKUPS} other names are still being resolved")
                 future = self._waiting[host, port] = Future()
                 self._queue.put((host, port))
+                if len(self._waiting) > self._threads and self._threads < MAX_THREADS:
+                    self._threads += 1
+                    threading.Thread(target=self._work, name="outrider-dns", daemon=True).start()
         return future
 
     def _work(self) -> None:
@@ -64,15 +89,17 @@ class _Resolver:
                 future.set_result(addresses)
 
 
-_resolver_lock = threading.Lock()
-_resolver: _Resolver | None = None
+_resolver = _Resolver()
 
 
 def lookup(host: str, port: int) -> Future[list[Address]]:
-    global _resolver  # noqa: PLW0603 - one thread for the process, started when it is first needed
-    with _resolver_lock:
-        # A forked child has the object and not its thread.
-        if _resolver is None or _resolver.pid != os.getpid():
-            _resolver = _Resolver()
-        resolver = _resolver
-    return resolver.lookup(host, port)
+    """The addresses, some time, or the OSError. Raises RemoteUnavailable when too many names are being resolved."""
+    return _resolver.lookup(host, port)
+
+
+def _in_child() -> None:
+    global _resolver  # noqa: PLW0603 - the parent's threads are not in the child
+    _resolver = _Resolver()
+
+
+os.register_at_fork(after_in_child=_in_child)

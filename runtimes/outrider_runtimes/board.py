@@ -176,7 +176,7 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
         if not names:
             bases = [mount, mount / "unified"]
         elif controller in names.split(","):
-            bases = [mount / names, mount / controller]
+            bases = list({mount / names, mount / controller})  # most often the same
         else:
             continue
         for base in bases:

@@ -142,13 +142,14 @@ class BoundSession:
         outputs = dict(zip(self._names, raw if self._decode is None else _converted(self._decode, raw)))  # noqa: B905
         if self._processing is None:
             return outputs
-        shapes = {spec.name: array.shape for spec, array in zip(self.interface.inputs, arrays, strict=True)}
-        return self._processing.finish(outputs, shapes)
+        return self._processing.finish(outputs, self._by_name(arrays))
 
     def _prepared(self, processing: Processing, arrays: list[Array]) -> list[Array]:
         """The network's inputs, in its order, from the caller's."""
-        named = {spec.name: array for spec, array in zip(self.interface.inputs, arrays, strict=True)}
-        return list(processing.prepare(self.interface, named, finite=self._finite).values())
+        return list(processing.prepare(self.interface, self._by_name(arrays), finite=self._finite).values())
+
+    def _by_name(self, arrays: list[Array]) -> dict[str, Array]:
+        return {spec.name: array for spec, array in zip(self.interface.inputs, arrays, strict=True)}
 
     def _run_rows(self, encoded: list[Array]) -> Sequence[Array]:
         """The file's outputs in the interface's order, for as many rows as ``encoded`` has."""

@@ -36,13 +36,15 @@ class Deadline:
         if milliseconds is None:
             return cls(math.inf, clock=clock)
         try:
-            usable = 0 < milliseconds <= LONGEST_MS or milliseconds == math.inf
-        except TypeError:
+            usable = not isinstance(milliseconds, bool) and (0 < milliseconds <= LONGEST_MS or milliseconds == math.inf)
+            seconds = float(milliseconds) / 1000.0
+        except (TypeError, ValueError, ArithmeticError):  # an array, a Decimal of NaN
             usable = False
         if not usable:
             given = f"{milliseconds!r:.40}"
             raise ConfigError(f"deadline_ms is {given}, expected a number above 0 and up to {LONGEST_MS:g}, or None")
-        return cls(clock() + milliseconds / 1000.0, clock=clock)
+        # A float32 would make a float32 of the clock's time, which ticks in fractions of a second after some days.
+        return cls(clock() + seconds, clock=clock)
 
     def remaining_s(self) -> float:
         """Seconds left, 0.0 when it has passed, ``math.inf`` for never."""
@@ -57,7 +59,7 @@ class Deadline:
         """The time left as sockets and futures take it: None for never. Raises DeadlineExceeded when none is left."""
         if self.at_s == math.inf:
             return None
-        remaining = self.remaining_s()
+        remaining = self.at_s - self._clock()
         if remaining <= 0.0:
             raise DeadlineExceeded("no time is left")
         return remaining

@@ -31,11 +31,15 @@ OutriderError                      what went wrong, where; ``hint`` says what to
 ├── DeadlineExceeded (TimeoutError)
 ├── RunnerError                    a worker or an endpoint could not take or finish the request
 │   ├── QueueFull                  refused at once; nothing was run
+│   │   └── RunnerStuck            ... because a call is stuck in the engine
 │   ├── RunnerClosed               it was closed before the answer
+│   ├── UnknownModel               an endpoint offers no model, or no version, of that name
 │   ├── RemoteUnavailable          no connection, or the connection broke
 │   ├── RemoteRefused              the server answered with an error status
 │   └── ReplyError                 the server's answer is not what the protocol or the interface allows
 ├── TelemetryError                 the spool or the reporter
+├── AgentError                     the daemon of a board: a second one, or a command that it does not take
+│   └── SourceError                what it reads from: a folder, a camera, a sensor, a topic
 ├── ConfigError                    a recipe, a policy or a configuration file
 ├── RehearsalError                 a board's userland that cannot be made or started on this machine
 ├── ExportError                    an export that could not be finished
@@ -187,20 +191,45 @@ class QueueFull(RunnerError):
     """The bounded queue is full; the request was refused at once and nothing was run."""
 
 
+class RunnerStuck(QueueFull):
+    """A call is stuck in the engine: what would wait for it was refused at once, whatever room there is."""
+
+
 class RunnerClosed(RunnerError):
     """The runner was closed before the request was answered."""
 
 
+class UnknownModel(RunnerError):
+    """An endpoint offers no model of that name, or not in that version."""
+
+
 class RemoteUnavailable(RunnerError):
-    """The endpoint cannot be reached, or the connection broke before the reply was whole."""
+    """The endpoint cannot be reached, or the connection broke before the reply was whole.
+
+    ``unsent`` is true where there is an address and no connection to it came about: nothing of the request has left,
+    and a moment later it may.
+    """
+
+    def __init__(self, message: str, *, unsent: bool = False, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.unsent = unsent
 
 
 class RemoteRefused(RunnerError):
-    """The endpoint answered with an error status. ``status`` is the HTTP status code."""
+    """The endpoint answered with an error status.
 
-    def __init__(self, message: str, *, status: int, hint: str = "") -> None:
+    ``status`` is the HTTP status code; ``retry_after_s`` is when the endpoint says to come again, None if it does not.
+    """
+
+    def __init__(self, message: str, *, status: int, retry_after_s: float | None = None, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.status = status
+        self.retry_after_s = retry_after_s
+
+    @property
+    def busy(self) -> bool:
+        """Whether a sound endpoint said that it has enough to do now, and ran nothing."""
+        return self.status in (429, 503) and self.retry_after_s is not None
 
 
 class ReplyError(RunnerError):
@@ -209,6 +238,14 @@ class ReplyError(RunnerError):
 
 class TelemetryError(OutriderError):
     """The telemetry spool or the reporter."""
+
+
+class AgentError(OutriderError):
+    """The daemon of a board: another one runs already, or it did not take a command."""
+
+
+class SourceError(AgentError):
+    """What an agent reads from is not there, went away, or gives what cannot be read."""
 
 
 class ConfigError(OutriderError):

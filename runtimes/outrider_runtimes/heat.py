@@ -23,6 +23,8 @@ class Heat:
         throttled: whether the processor is slowed down for its heat or its supply; None where nothing says so.
         undervolted: whether the supply is too weak now, as far as the firmware says.
         ceiling: the highest frequency that is allowed now as a share of the processor's own, 0 to 1; None if unknown.
+            For people to read, not a sign of heat: an operator's own limit looks the same and never goes, a Raspberry
+            Pi's firmware slows down without lowering it, and where the kernel lowers it ``throttled`` says so.
     """
 
     celsius: float | None = None
@@ -50,7 +52,7 @@ def read_heat(root: Path = Path("/")) -> Heat:
 
 def _zones(root: Path) -> Iterator[float]:
     for zone in sorted(root.glob("sys/class/thermal/thermal_zone*")):
-        thousandths = _number(zone / "temp")
+        thousandths = number(zone / "temp")
         if thousandths is not None and COLDEST_C < thousandths / 1000 < HOTTEST_C:
             yield thousandths / 1000
 
@@ -58,14 +60,14 @@ def _zones(root: Path) -> Iterator[float]:
 def _cooling(root: Path) -> Iterator[int]:
     """How far each means of slowing the processor down is used; a fan slows nothing down."""
     for device in sorted(root.glob("sys/class/thermal/cooling_device*")):
-        state = _number(device / "cur_state")
-        if state is not None and _text(device / "type").lower().startswith(CPU_COOLING):
+        state = number(device / "cur_state")
+        if state is not None and text(device / "type").lower().startswith(CPU_COOLING):
             yield state
 
 
 def _ceilings(root: Path) -> Iterator[float]:
     for policy in sorted(root.glob("sys/devices/system/cpu/cpufreq/policy*")):
-        allowed, own = _number(policy / "scaling_max_freq"), _number(policy / "cpuinfo_max_freq")
+        allowed, own = number(policy / "scaling_max_freq"), number(policy / "cpuinfo_max_freq")
         if allowed and own:
             yield min(1.0, allowed / own)
 
@@ -73,8 +75,7 @@ def _ceilings(root: Path) -> Iterator[float]:
 def _firmware(root: Path) -> int | None:
     """The Raspberry Pi firmware's word: by the kernel where it has a file for it, else by its own tool."""
     for path in sorted(root.glob("sys/devices/platform/soc/*firmware/get_throttled")):
-        text = _text(path)
-        return _hexadecimal(text)
+        return _hexadecimal(text(path))
     tool = root / "usr/bin/vcgencmd"
     if not tool.is_file():
         return None
@@ -85,21 +86,23 @@ def _firmware(root: Path) -> int | None:
     return _hexadecimal(done.stdout.strip().removeprefix("throttled="))
 
 
-def _hexadecimal(text: str) -> int | None:
+def _hexadecimal(word: str) -> int | None:
     try:
-        return int(text, 16)
+        return int(word, 16)
     except ValueError:
         return None
 
 
-def _number(path: Path) -> int | None:
+def number(path: Path) -> int | None:
+    """The whole number in a file of the kernel's; None where there is none."""
     try:
-        return int(_text(path))
+        return int(text(path))
     except ValueError:
         return None
 
 
-def _text(path: Path) -> str:
+def text(path: Path) -> str:
+    """What a file of the kernel's says; empty where it cannot be read."""
     try:
         return path.read_text(encoding="ascii", errors="replace").strip()
     except OSError:  # a sensor that is asleep answers with EAGAIN, one that is gone with ENODATA

@@ -2,8 +2,9 @@
 
 The child is ``python -m outrider_runtimes.isolated SOCKET LIFE``, two inherited descriptors. Over the socket both sides
 send messages: two little-endian lengths (uint32, uint64), a JSON header and the bytes of its arrays, one after the
-other. The first request names what to load; each later one has the inputs of one call. LIFE is a pipe that nobody
-writes to: the kernel ends the child when the parent's end of it goes, even while the child is stuck in an engine.
+other. The first request names what to load; each later one has the inputs of one call and its number, which the reply
+repeats. LIFE is a pipe that nobody writes to: the kernel ends the child when the parent's end of it goes, even while
+the child is stuck in an engine.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ class IsolatedSession:
         self._clock = clock
         self._restarts: deque[float] = deque(maxlen=MAX_RESTARTS)
         self._closed = False
+        self._interrupted = False
         self._child: _Child | None = _Child(self._request)
         try:
             hello = self._child.hello()
@@ -117,6 +119,9 @@ class IsolatedSession:
     def run(self, inputs: Sequence[Array]) -> Sequence[Array]:
         """Run once; see ``engines.Session``.
 
+        An exception from elsewhere in the middle of a call, as a signal's handler raises it, ends the child, whose
+        reply nobody takes any more; the next call has a new one.
+
         Raises:
             InferenceError: the engine failed, the child crashed or was stuck (the next call has a new one), or
                 children died too often to start another now.
@@ -126,7 +131,7 @@ class IsolatedSession:
         child = self._child or self._restarted()
         try:
             child.hello()
-            return child.ask(inputs, self._patience)
+            reply = child.ask(inputs, self._patience)
         except _Stuck as ending:
             self._replace(ending)
             raise InferenceError("the call was stuck; its process was killed and replaced") from None
@@ -136,6 +141,13 @@ class IsolatedSession:
         except ModelLoadError as error:
             self._end_child()
             raise InferenceError(f"the model could not be loaded again: {error}") from None
+        except BaseException as error:
+            self._end_child()
+            self._interrupted = not isinstance(error, OutriderError)
+            raise
+        if isinstance(reply, OutriderError):
+            raise reply
+        return reply
 
     def close(self) -> None:
         """End the child. A second call does nothing."""
@@ -155,14 +167,16 @@ class IsolatedSession:
 
     def _restarted(self) -> _Child:
         now_s = self._clock()
-        wait_s = may_restart(self._restarts, now_s)
+        wait_s = 0.0 if self._interrupted else may_restart(self._restarts, now_s)
         if wait_s:
             raise InferenceError(
                 f"{MAX_RESTARTS} processes of the model died within {WINDOW_S:g} s; the next starts in {wait_s:.0f} s",
                 hint="go back to the last good bundle, or load the model on another engine",
             )
-        self._restarts.append(now_s)
         self._child = _Child(self._request)
+        if not self._interrupted:
+            self._restarts.append(now_s)
+        self._interrupted = False
         return self._child
 
     def _end_child(self, ending: Exception | None = None) -> str:
@@ -201,6 +215,7 @@ class _Child:
             os.close(life)
         self.pid = self._process.pid
         self._hello: Mapping[str, Any] | None = None
+        self._number = 0
         self._socket.settimeout(POLL_S)
         self._loads_until_s = time.monotonic() + START_S
         with suppress(_Gone):  # ``hello`` finds out too
@@ -210,27 +225,37 @@ class _Child:
         """What the child said of the model that it loaded. Raises OutriderError, _Gone, _Stuck."""
         if self._hello is None:
             header, _ = _receive(self._socket, self._starting)
-            _raise_error(header)
+            error = _error_in(header)
+            if error is not None:
+                raise error
             self._hello = header
         return self._hello
 
-    def ask(self, inputs: Sequence[Array], patience: Patience) -> list[Array]:
-        """One call. Raises OutriderError, _Gone, _Stuck."""
-        _send(self._socket, {"arrays": _described(inputs)}, inputs, patience)
+    def ask(self, inputs: Sequence[Array], patience: Patience) -> list[Array] | OutriderError:
+        """One call; the error that the child answered with is returned. Raises _Gone, _Stuck.
+
+        Left by any exception, the child is of no more use: its reply is still to come, or a part of it.
+        """
+        self._number += 1
+        _send(self._socket, {"number": self._number, "arrays": _described(inputs)}, inputs, patience)
         header, payload = _receive(self._socket, patience)
-        _raise_error(header)
-        return _arrays(header, payload)
+        if header.get("number") != self._number:
+            raise _Gone
+        error = _error_in(header)
+        return _arrays(header, payload) if error is None else error
 
     def end(self, *, wait_s: float = 0.0) -> str:
         """Kill it, if it lives after ``wait_s``, and say how it ended, in words that follow a subject."""
-        self._socket.close()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(wait_s)
-        died_by_itself = self._process.poll() is not None
-        with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        code = self._process.wait()
-        os.close(self._life)
+        try:
+            self._socket.close()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(wait_s)
+            died_by_itself = self._process.poll() is not None
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            code = self._process.wait()
+        finally:
+            os.close(self._life)  # which ends it too, where this is interrupted
         if not died_by_itself:
             return "was killed"
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -265,14 +290,14 @@ def _tensor(item: Mapping[str, Any]) -> dict[str, Any]:
     return {**item, "shape": tuple(item["shape"])}
 
 
-def _raise_error(header: Mapping[str, Any]) -> None:
-    if "error" in header:
-        from outrider_runtimes import errors
+def _error_in(header: Mapping[str, Any]) -> OutriderError | None:
+    if "error" not in header:
+        return None
+    from outrider_runtimes import errors
 
-        kind = getattr(errors, str(header["error"]["type"]), InferenceError)
-        if kind not in (ModelLoadError, InferenceError, errors.NoEngine):
-            kind = InferenceError
-        raise kind(str(header["error"]["message"]), hint=str(header["error"]["hint"]))
+    kinds = {kind.__name__: kind for kind in (ModelLoadError, InferenceError, errors.NoEngine)}
+    said = header["error"]
+    return kinds.get(str(said["type"]), InferenceError)(str(said["message"]), hint=str(said["hint"]))
 
 
 def _send(
@@ -348,12 +373,13 @@ def _prepared(request: Mapping[str, Any]) -> Session:
 
 def _answer(link: socket.socket, session: Session) -> None:
     header, payload = _receive(link)
+    number = {"number": header["number"]}
     try:
         outputs = session.run(_arrays(header, payload))
     except OutriderError as error:
-        _send(link, _failure(error), [])
+        _send(link, number | _failure(error), [])
     else:
-        _send(link, {"arrays": _described(outputs)}, outputs)
+        _send(link, number | {"arrays": _described(outputs)}, outputs)
 
 
 def _failure(error: OutriderError) -> dict[str, Any]:

@@ -9,35 +9,47 @@ there first. Requests that break a rule raise InputError, replies ReplyError.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii as quoted
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from outrider_runtimes._inputs import all_finite, fits
+from outrider_runtimes._oip_files import BYTES, Files, files_in
 from outrider_runtimes._oip_tensors import (
     DATATYPES,
     DEFAULT_LIMITS,
     DTYPES,
+    JSON,
     LENGTH_HEADER,
     MAX_NAME,
     MAX_TENSORS,
+    MAX_TIMEOUT_US,
     Bytes,
     Document,
     Limits,
     Rules,
+    datatype_of,
     decode_json,
+    flag,
+    little_endian,
     mapping,
+    numbers,
     open_body,
     read_tensors,
+    text,
+    timeout_us_of,
+    wanted_outputs,
 )
 from outrider_runtimes.errors import FormatError, InputError, NotFiniteError, ReplyError
-from outrider_runtimes.strictjson import Refuse
-from outrider_runtimes.tensors import Array, Interface, Tensors, TensorSpec
+from outrider_runtimes.tensors import Array, Interface, Shape, Tensors, TensorSpec
 
 __all__ = [
     "BINARY_EXTENSION",
+    "BYTES",
     "DATATYPES",
     "DEFAULT_LIMITS",
     "DTYPES",
@@ -49,11 +61,13 @@ __all__ = [
     "Reply",
     "Request",
     "check_reply",
+    "compile_reply_check",
     "decode_json",
     "decode_reply",
     "decode_request",
     "encode_reply",
     "encode_request",
+    "files_in",
     "interface_from_metadata",
     "model_metadata",
     "ours_in",
@@ -61,15 +75,25 @@ __all__ = [
 
 BINARY_EXTENSION = "binary_tensor_data"
 
-MAX_TIMEOUT_US = 2**53
+_JSON_HEAD = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+_BINARY_HEAD = f"Content-Type: application/octet-stream\r\n{LENGTH_HEADER}: %d\r\nContent-Length: %d\r\n\r\n".encode()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Message:
-    """A body to send; ``json_bytes`` is the value of ``LENGTH_HEADER``, None where the body is JSON alone."""
+class Message(NamedTuple):
+    """A body to send.
 
-    body: bytes
+    Attributes:
+        parts: the JSON, and the memory of the tensors behind it, which must stay as it is until it is sent.
+        json_bytes: the value of ``LENGTH_HEADER``; None where the body is JSON alone.
+    """
+
+    parts: tuple[bytes | memoryview, ...]
     json_bytes: int | None
+
+    @property
+    def body(self) -> bytes:
+        """All of it in one piece."""
+        return b"".join(self.parts)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -77,6 +101,12 @@ class Message:
         if self.json_bytes is None:
             return {"Content-Type": "application/json"}
         return {"Content-Type": "application/octet-stream", LENGTH_HEADER: str(self.json_bytes)}
+
+    def head(self, size: int) -> bytes:
+        """What HTTP's head ends with: ``headers``, and the body's ``size`` in bytes."""
+        if self.json_bytes is None:
+            return _JSON_HEAD % size
+        return _BINARY_HEAD % (self.json_bytes, size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,59 +127,77 @@ class Request:
     binary: bool = False
     timeout_us: int | None = None
 
+    @property
+    def size_bytes(self) -> int:
+        """Of its tensors, in memory; a few bytes of files can be a lot of padding."""
+        return sum(array.nbytes for array in self.inputs.values())
 
-@dataclass(frozen=True, kw_only=True)
-class Reply:
+
+class Reply(NamedTuple):
     """A decoded inference reply; ``outputs`` are the receiver's own memory."""
 
     model: str
     version: str
     id: str
     outputs: dict[str, Array]
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = MappingProxyType({})
 
 
-def encode_request(inputs: Tensors, *, id: str = "", timeout_us: int | None = None, binary: bool = True) -> Message:
-    """A request for all outputs.
+CheckReply = Callable[[Reply, str, "int | None"], "dict[str, Array]"]
+
+
+def encode_request(
+    inputs: Tensors,
+    *,
+    id: str = "",
+    timeout_us: int | None = None,
+    binary: bool = True,
+    outputs: Iterable[str] | None = None,
+) -> Message:
+    """A request.
 
     Args:
         inputs: tensors by name, finite where ``binary`` is false.
         timeout_us: time left in microseconds.
         binary: whether tensors travel in binary, both ways.
+        outputs: names of those that are asked for; None for all.
 
     Raises:
         NotFiniteError: a value that JSON cannot express.
     """
-    parameters: Document = {}
+    opening = f'{{"id":{quoted(id)},' if id else "{"
     if timeout_us is not None:
-        parameters["timeout"] = timeout_us
-    if binary:
-        parameters["binary_data_output"] = True
-    document: Document = {"id": id} if id else {}
-    if parameters:
-        document["parameters"] = parameters
-    return _encode(document, "inputs", ((name, array, binary) for name, array in inputs.items()))
+        opening += f'"parameters":{{"timeout":{timeout_us:d}' + (',"binary_data_output":true},' if binary else "},")
+    elif binary:
+        opening += '"parameters":{"binary_data_output":true},'
+    if outputs is not None:
+        wanted = [{"name": name, "parameters": {"binary_data": binary}} for name in outputs]
+        opening += f'"outputs":{JSON.encode(wanted)},'
+    return _encode(opening + '"inputs":', [(name, array, binary) for name, array in inputs.items()])
 
 
-def decode_request(body: Bytes, json_bytes: int | None, *, limits: Limits = DEFAULT_LIMITS) -> Request:
+def decode_request(
+    body: Bytes, json_bytes: int | None, *, limits: Limits = DEFAULT_LIMITS, files: Files = MappingProxyType({})
+) -> Request:
     """The inverse of ``encode_request``.
 
     Args:
         body: the whole body.
         json_bytes: the value of ``LENGTH_HEADER``; None when the header was not sent.
+        files: the inputs that may come as BYTES too, a file a row; see ``files_in``. They become uint8 [N, T].
 
     Raises:
         InputError: bytes that the protocol or ``limits`` do not allow, or a datatype that is not served.
     """
-    rules = Rules(refuse=InputError, limits=limits)
+    rules = Rules(refuse=InputError, limits=limits, files=files)
     document, start = open_body(body, json_bytes, rules)
     parameters = mapping(document, "parameters", InputError)
     return Request(
-        id=_string(document, "id", InputError),
+        id=text(document, "id", InputError),
         inputs=read_tensors(document, "inputs", body, start, rules),
-        outputs=_wanted(document, _flag(parameters, "binary_data_output")),
-        binary=_flag(parameters, "binary_data_output"),
-        timeout_us=_timeout(parameters),
+        outputs=wanted_outputs(document, flag(parameters, "binary_data_output")),
+        binary=flag(parameters, "binary_data_output"),
+        timeout_us=timeout_us_of(parameters),
     )
 
 
@@ -176,7 +224,8 @@ def encode_reply(
     for name in wanted:
         if name not in outputs:
             raise InputError(f"there is no output {name!r}", tensor=name, hint=f"the outputs are {list(outputs)}")
-    return _encode(document, "outputs", ((name, outputs[name], binary) for name, binary in wanted.items()))
+    opening = JSON.encode(document)[:-1] + ',"outputs":'
+    return _encode(opening, [(name, outputs[name], binary) for name, binary in wanted.items()])
 
 
 def decode_reply(body: Bytes, json_bytes: int | None, *, limits: Limits = DEFAULT_LIMITS) -> Reply:
@@ -184,11 +233,11 @@ def decode_reply(body: Bytes, json_bytes: int | None, *, limits: Limits = DEFAUL
     rules = Rules(refuse=ReplyError, limits=limits)
     document, start = open_body(body, json_bytes, rules)
     return Reply(
-        model=_string(document, "model_name", ReplyError),
-        version=_string(document, "model_version", ReplyError),
-        id=_string(document, "id", ReplyError),
-        outputs=read_tensors(document, "outputs", body, start, rules),
-        parameters=mapping(document, "parameters", ReplyError),
+        text(document, "model_name", ReplyError),
+        text(document, "model_version", ReplyError),
+        text(document, "id", ReplyError),
+        read_tensors(document, "outputs", body, start, rules),
+        mapping(document, "parameters", ReplyError),
     )
 
 
@@ -204,23 +253,44 @@ def check_reply(interface: Interface, reply: Reply, *, id: str, rows: int | None
     """
     if reply.id != id:
         raise ReplyError(f"the reply's id is {reply.id[:64]!r}, the request's {id!r}")
-    if set(reply.outputs) != {spec.name for spec in interface.outputs}:
-        expected = [spec.name for spec in interface.outputs]
-        raise ReplyError(f"the reply has the outputs {sorted(reply.outputs)[:16]}, expected {expected}")
+    names = [spec.name for spec in interface.outputs]
+    if reply.outputs.keys() != set(names):
+        raise ReplyError(f"the reply has the outputs {sorted(reply.outputs)[:16]}, expected {names}")
     for spec in interface.outputs:
         _check_output(spec, reply.outputs[spec.name], rows)
-    return {spec.name: reply.outputs[spec.name] for spec in interface.outputs}
+    return {name: reply.outputs[name] for name in names}
+
+
+def compile_reply_check(interface: Interface) -> CheckReply:
+    """``check_reply`` of one interface, with everything looked up once.
+
+    Outputs of the shapes that were there before are taken at once; any others go to ``check_reply``.
+    """
+    names = [spec.name for spec in interface.outputs]
+    plain = [_compile_output(spec) for spec in interface.outputs]
+
+    def check(reply: Reply, id: str, rows: int | None) -> dict[str, Array]:
+        outputs = reply.outputs
+        if reply.id == id and list(outputs) == names:
+            for name, is_plain in zip(names, plain):  # noqa: B905 - as many as there are names
+                if not is_plain(outputs[name], rows):
+                    break
+            else:
+                return outputs
+        return check_reply(interface, reply, id=id, rows=rows)
+
+    return check
 
 
 def model_metadata(
     name: str, interface: Interface, *, versions: Iterable[int], platform: str, parameters: Mapping[str, Any]
 ) -> Document:
-    """What ``GET /v2/models/<name>`` answers; None in a shape becomes -1."""
+    """What ``GET /v2/models/<name>`` answers; None in a shape becomes -1, and an input that is a file BYTES [N]."""
     return {
         "name": name,
         "versions": [str(version) for version in versions],
         "platform": platform,
-        "inputs": [_described(spec) for spec in interface.inputs],
+        "inputs": [_described_file(spec) if spec.content_type else _described(spec) for spec in interface.inputs],
         "outputs": [_described(spec) for spec in interface.outputs],
         "parameters": {"outrider": dict(parameters)},
     }
@@ -251,67 +321,77 @@ def ours_in(document: Mapping[str, Any]) -> Mapping[str, Any]:
     return ours if isinstance(ours, dict) else {}
 
 
-def _encode(document: Document, key: str, tensors: Iterable[tuple[str, Array, bool]]) -> Message:
-    entries: list[Document] = []
-    raw: list[memoryview] = []
+def _encode(opening: str, tensors: Iterable[tuple[str, Array, bool]]) -> Message:
+    """``opening`` is the document up to where the tensors are listed."""
+    entries: list[str] = []
+    raw: list[bytes | memoryview] = []
     for name, array, binary in tensors:
-        entry: Document = {"name": name, "shape": list(array.shape), "datatype": DATATYPES[array.dtype.name]}
+        sizes = ",".join(map(str, array.shape))
+        entry = f'{{"name":{quoted(name)},"shape":[{sizes}],"datatype":"{datatype_of(array)}",'
         if binary:
-            little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-            raw.append(little.reshape(-1).view(np.uint8).data)
-            entry["parameters"] = {"binary_data_size": array.nbytes}
+            raw.append(little_endian(array))
+            entries.append(f'{entry}"parameters":{{"binary_data_size":{array.nbytes}}}}}')
         else:
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
+            if array.dtype.kind == "f" and not _is_finite(array):
                 raise NotFiniteError(
                     f"tensor {name!r} has NaN or infinite values, which JSON cannot express",
                     tensor=name,
                     hint="ask for it in binary (binary_data_output)",
                 )
-            entry["data"] = array.reshape(-1).tolist()
-        entries.append(entry)
-    document[key] = entries
-    head = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
+            entries.append(f'{entry}"data":[{numbers(array)}]}}')
+    head = f"{opening}[{','.join(entries)}]}}".encode()
     if not raw:
-        return Message(body=head, json_bytes=None)
-    return Message(body=b"".join([head, *raw]), json_bytes=len(head))
+        return Message((head,), None)
+    return Message((head, *raw), len(head))
 
 
-def _wanted(document: Document, default: bool) -> dict[str, bool] | None:
-    entries = document.get("outputs")
-    if entries is None:
-        return None
-    if not isinstance(entries, list) or not 0 < len(entries) <= MAX_TENSORS:
-        raise InputError(f"'outputs' is not a list of 1 to {MAX_TENSORS} names")
-    wanted: dict[str, bool] = {}
-    for entry in entries:
-        name = entry.get("name") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or name in wanted:
-            raise InputError("an entry of 'outputs' has no name, or one that is listed twice")
-        parameters = mapping(entry, "parameters", InputError)
-        for key in ("classification", "shared_memory_region"):
-            if key in parameters:
-                raise InputError(f"output {name!r}: {key} is not served", tensor=name)
-        wanted[name] = _flag(parameters, "binary_data", default=default)
-    return wanted
+def _is_finite(array: Array) -> bool:
+    """Whatever its memory is like."""
+    plain = array.flags.c_contiguous and array.dtype.isnative
+    return all_finite(array) if plain else bool(np.isfinite(array).all())
 
 
 def _check_output(spec: TensorSpec, array: Array, rows: int | None) -> None:
     where = f"output {spec.name!r} of the reply"
-    if array.dtype.name != spec.dtype:
+    if array.dtype != spec.dtype:
         raise ReplyError(f"{where} has dtype {array.dtype.name}, expected {spec.dtype}")
-    wanted = (rows, *spec.shape[1:]) if spec.batched and rows is not None else spec.shape
-    if len(array.shape) != len(wanted) or any(
-        w is not None and s != w for s, w in zip(array.shape, wanted, strict=True)
-    ):
+    wanted = _wanted(spec, rows)
+    if array.shape != wanted and not fits(array.shape, wanted):
         readable = ["any" if size is None else size for size in wanted]
         raise ReplyError(f"{where} has shape {list(array.shape)}, expected {readable}")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
+    if array.dtype.kind == "f" and not all_finite(array):
         raise ReplyError(f"{where} has NaN or infinite values")
+
+
+def _compile_output(spec: TensorSpec) -> Callable[[Array, int | None], bool]:
+    """Whether an output is one that ``_check_output`` lets pass; where in doubt, False."""
+    dtype, finite = np.dtype(spec.dtype), np.dtype(spec.dtype).kind != "f"
+    known: tuple[tuple[int, ...], int | None] | None = None  # the last shape that fitted, and the rows it was for
+
+    def is_plain(array: Array, rows: int | None) -> bool:
+        nonlocal known
+        if array.dtype is not dtype:
+            return False
+        if (array.shape, rows) != known:
+            if not fits(array.shape, _wanted(spec, rows)):
+                return False
+            known = array.shape, rows
+        return finite or all_finite(array)
+
+    return is_plain
+
+
+def _wanted(spec: TensorSpec, rows: int | None) -> Shape:
+    return (rows, *spec.shape[1:]) if spec.batched and rows is not None else spec.shape
 
 
 def _described(spec: TensorSpec) -> Document:
     shape = [-1 if size is None else size for size in spec.shape]
     return {"name": spec.name, "datatype": DATATYPES[spec.dtype], "shape": shape}
+
+
+def _described_file(spec: TensorSpec) -> Document:
+    return {**_described(spec), "datatype": BYTES, "shape": [-1 if spec.shape[0] is None else spec.shape[0]]}
 
 
 def _specs(document: Mapping[str, Any], key: str) -> tuple[TensorSpec, ...]:
@@ -330,25 +410,3 @@ def _specs(document: Mapping[str, Any], key: str) -> tuple[TensorSpec, ...]:
         sizes = tuple(None if size == -1 else size for size in shape)
         specs.append(TensorSpec(name=entry["name"], dtype=DTYPES[datatype], shape=sizes))
     return tuple(specs)
-
-
-def _string(document: Document, key: str, refuse: Refuse) -> str:
-    value = document.get(key, "")
-    if not isinstance(value, str) or len(value) > MAX_NAME:
-        raise refuse(f"{key!r} is not a string of at most {MAX_NAME} characters")
-    return value
-
-
-def _flag(parameters: Document, key: str, *, default: bool = False) -> bool:
-    value = parameters.get(key, default)
-    if not isinstance(value, bool):
-        raise InputError(f"parameter {key!r} is not true or false")
-    return value
-
-
-def _timeout(parameters: Document) -> int | None:
-    """Microseconds; absent and 0 both mean that the caller set none."""
-    value = parameters.get("timeout", 0)
-    if type(value) is not int or not 0 <= value <= MAX_TIMEOUT_US:
-        raise InputError("parameter 'timeout' is not a number of microseconds")
-    return value or None

@@ -1,77 +1,118 @@
-"""A runner whose work is done by an endpoint of the Open Inference Protocol v2, over HTTP."""
+"""A runner whose work is done by an endpoint of the Open Inference Protocol v2, over HTTP or gRPC."""
 
 from __future__ import annotations
 
 import itertools
-import ssl
+import os
+import random
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
-from urllib.parse import quote
+from typing import NamedTuple
 
 from outrider_runtimes import oip
-from outrider_runtimes._wire import HttpReply
+from outrider_runtimes._forked import tell_of_fork
+from outrider_runtimes._pool import Pool
+from outrider_runtimes._transport import Described, Transport
 from outrider_runtimes.deadline import Clock, Deadline
 from outrider_runtimes.errors import (
     ConfigError,
     DeadlineExceeded,
     InterfaceMismatch,
     OutriderError,
-    QueueFull,
     RemoteRefused,
     RemoteUnavailable,
     ReplyError,
     RunnerClosed,
 )
-from outrider_runtimes.http import HttpClient, Origin
+from outrider_runtimes.foreign import Naming, bind, check_mapping, ours_from, theirs_from
+from outrider_runtimes.http import HTTP_SCHEMES, Origin
+from outrider_runtimes.options import require_kind
+from outrider_runtimes.remote_http import HttpTransport
+from outrider_runtimes.retrying import pause_s
 from outrider_runtimes.runner import Answer, Timing, moved_average
-from outrider_runtimes.tensors import Interface, Tensors, check_named
+from outrider_runtimes.tensors import Array, Check, Interface, Tensors, by_name, compile_check
+from outrider_runtimes.tls import AnyTls
 
-MAX_METADATA_BYTES = 1 << 20
-MAX_MESSAGE = 300
-# Decoding JSON holds the interpreter's lock and cannot be stopped; 20 ns a byte on a PC, taken as five times that.
-JSON_DECODE_S_PER_BYTE = 100e-9
+SCHEMES = (*HTTP_SCHEMES, "grpc", "grpcs")
+# Between two times that an endpoint which says something else is asked for its metadata.
+OUTDATED_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Served:
-    """What the endpoint says of the model."""
+    """What the endpoint says of the model, and how the caller's interface is spelled there.
 
+    Attributes:
+        names: the inputs'.
+        rows_of: a batched input's name; None where there is none.
+    """
+
+    described: Described
     interface: Interface
-    interface_digest: str
-    binary: bool
-    bundle: str
-    variant: str
+    digest: str
+    naming: Naming | None
+    names: tuple[str, ...]
+    rows_of: str | None
+    check: Check
+    check_reply: oip.CheckReply
+
+    def checked(self, inputs: Tensors) -> Tensors:
+        """By name, in the interface's order. Raises InputError."""
+        return dict(zip(self.names, self.check(inputs)))  # noqa: B905 - as many as there are names
+
+    def rows(self, inputs: Tensors) -> int | None:
+        """The request's N; None where no input is batched."""
+        return None if self.rows_of is None else inputs[self.rows_of].shape[0]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Job:
+class _Asked(NamedTuple):
+    """One request.
+
+    Attributes:
+        known: what the endpoint served when the caller called; None where that was not known.
+        checked: whether the inputs are what that takes.
+        begun_ns: when the caller called, perf_counter_ns.
+        patient: whether it is tried again where nobody listens.
+    """
+
     inputs: Tensors
     known: _Served | None
     checked: bool
     deadline: Deadline
+    begun_ns: int
+    patient: bool = True
+
+
+class _Job(NamedTuple):
+    asked: _Asked
     future: Future[Answer]
-    submitted_ns: int
 
 
 class Remote:
     """One model of an endpoint, as a Runner. Nothing is sent before the first request or ``connect``.
 
     Args:
-        url: ``http://host:port`` or ``https://host:port``, with or without a path before ``/v2``.
+        url: ``http://host:port`` or ``https://host:port``, with or without a path before ``/v2``; ``grpc://host:port``
+            or ``grpcs://host:port`` with the extra ``[grpc]``.
         model: its name there.
-        tls: for https; None trusts what this machine trusts. It must verify.
-        token: sent as a bearer token, over https or to this machine alone.
-        max_reply_bytes: a longer reply is a ReplyError.
+        tls: for https and grpcs: a ``Tls`` of PEM files, the path of the authority's alone, or for https an
+            SSLContext. None trusts what this machine trusts. The server is verified in every case.
+        token: sent as a bearer token, over TLS or to this machine alone.
+        interface: what callers here pass and get, where the endpoint is not ours: its metadata has no batch axis, no
+            labels and its own names. Its dtypes and shapes must fit, or requests end with InterfaceMismatch.
+        mapping: by the name of a tensor of ``interface``, its name there; one that is left out has the same name.
+        max_reply_bytes: a longer reply is a ReplyError. Compressed replies are refused whatever their length.
         threads: requests on their way at once.
         queue_size: requests that wait for one of the threads; more are refused with QueueFull.
+        retries: how often a request of which the endpoint ran nothing is sent again; see ``retrying``.
+        clock, rng: seconds, monotonic; what spreads the retries, seeded by the system where it is None.
 
     Raises:
-        ConfigError: a URL, name, token or TLS context that cannot be used.
+        ConfigError: a URL, name, token, mapping, TLS or number that cannot be used.
+        MissingExtra: gRPC is not installed.
     """
 
     def __init__(
@@ -79,56 +120,74 @@ class Remote:
         url: str,
         *,
         model: str,
-        tls: ssl.SSLContext | None = None,
+        tls: AnyTls | None = None,
         token: str | None = None,
+        interface: Interface | None = None,
+        mapping: Mapping[str, str] | None = None,
         max_reply_bytes: int = 64 << 20,
         threads: int = 4,
         queue_size: int = 16,
+        retries: int = 2,
         clock: Clock = time.monotonic,
+        rng: random.Random | None = None,
     ) -> None:
-        if threads < 1 or queue_size < 1:
-            raise ConfigError(f"threads is {threads} and queue_size {queue_size}, expected 1 or more")
-        origin = Origin.from_url(url)
+        require_kind("url", url, (str,), "the endpoint's, as http://host:port")
+        _check_name(model)
+        for name, count in (("threads", threads), ("queue_size", queue_size), ("max_reply_bytes", max_reply_bytes)):
+            _check_count(name, count, least=1)
+        _check_count("retries", retries, least=0)
         self.url = url
         self.model = model
-        self._path = f"/v2/models/{_path_name(model)}"
-        self._headers = _headers(origin, token)
-        self._max_reply_bytes = max_reply_bytes
-        self._limits = oip.Limits(body_bytes=max_reply_bytes)
+        self._wanted = _wanted(interface, mapping)
+        self._mapping = dict(mapping or {})
+        self._retries = retries
         self._clock = clock
-        self._client = HttpClient(origin, tls=tls, max_idle=threads)
+        self._rng = rng or random.SystemRandom()
+        origin = Origin.from_url(url, schemes=SCHEMES)
+        self._transport = _transport(
+            origin, model=model, tls=tls, token=token, max_reply_bytes=max_reply_bytes, threads=threads
+        )
         self._served: _Served | None = None
         self._outdated = False
         self._fetching = threading.Lock()
-        self._ids = itertools.count(1)
+        self._outdated_s: float | None = None
+        self._ids = _ids()
         self._estimate_ms: float | None = None
         self._estimating = threading.Lock()
-        self._pool = _Pool(self._run, threads=threads, queue_size=queue_size, name=f"the client of {self.url}")
+        self._pool = Pool[_Job](
+            lambda job: self._run(job.asked), threads=threads, queue_size=queue_size, name=f"the client of {self.url}"
+        )
+        tell_of_fork(self)
 
     @property
     def interface(self) -> Interface:
-        """What it takes and gives. Raises RemoteUnavailable before ``connect`` or a request has succeeded."""
-        return self._known().interface
+        """What it takes and gives: as it was passed, or as the endpoint says.
+
+        Raises:
+            RemoteUnavailable: it was not passed, and neither ``connect`` nor a request has succeeded.
+        """
+        return self._known().interface if self._wanted is None else self._wanted
 
     @property
     def interface_digest(self) -> str:
-        """The interface's digest. Raises RemoteUnavailable as ``interface`` does."""
-        return self._known().interface_digest
+        """The digest of ``interface`` once the endpoint's own was found to fit. Raises RemoteUnavailable before."""
+        return self._known().digest
 
     @property
     def bundle(self) -> str:
         """The digest of the bundle that answers; empty when the server is not ours. Raises RemoteUnavailable."""
-        return self._known().bundle
+        return self._known().described.bundle
 
     @property
     def variant(self) -> str:
         """The variant that answers; empty when the server is not ours. Raises RemoteUnavailable."""
-        return self._known().variant
+        return self._known().described.variant
 
     def connect(self, deadline: Deadline) -> Interface:
         """Ask the endpoint what the model takes and gives, unless that is known.
 
         Raises:
+            InterfaceMismatch: it does not fit the interface that was passed.
             DeadlineExceeded, RemoteUnavailable, RemoteRefused, ReplyError, RunnerClosed
         """
         return self._metadata(deadline).interface
@@ -145,20 +204,34 @@ class Remote:
             InputError: what was passed is not what the interface says; nothing was sent.
             QueueFull, RunnerClosed: nothing was sent.
         """
-        known = self._served
-        checked = known is not None and not self._outdated
-        if known is not None and checked:
-            inputs = check_named(known.interface, inputs)
-        job = _Job(
-            inputs=inputs,
-            known=known,
-            checked=checked,
-            deadline=deadline,
-            future=Future(),
-            submitted_ns=time.perf_counter_ns(),
-        )
-        self._pool.put(job)
-        return job.future
+        return self._put(self._asked(inputs, deadline, time.perf_counter_ns()))
+
+    def submit_once(self, inputs: Tensors, deadline: Deadline) -> Future[Answer]:
+        """As ``submit``, for a caller that has another answer in hand: where nobody listens, it is told at once.
+
+        Raises:
+            InputError, QueueFull, RunnerClosed: as ``submit``.
+        """
+        return self._put(self._asked(inputs, deadline, time.perf_counter_ns())._replace(patient=False))
+
+    def infer(self, inputs: Tensors | Array, *, deadline_ms: float | None = None) -> Answer:
+        """One request in the caller's own thread: no queue, and no bound on requests at once but the callers' number.
+
+        Args:
+            inputs: every input of the interface by name; where there is one input, its array alone will do.
+            deadline_ms: milliseconds for all of it; None waits as long as the endpoint takes.
+
+        Raises:
+            InputError, and what the future of ``submit`` ends with.
+        """
+        begun_ns = time.perf_counter_ns()
+        deadline = Deadline.after_ms(deadline_ms, clock=self._clock)
+        if self._pool.closing.is_set():
+            raise RunnerClosed(f"the client of {self.url} is closed")
+        if not isinstance(inputs, Mapping):
+            known = self._served or self._metadata(deadline)
+            inputs = by_name(known.interface, inputs)
+        return self._run(self._asked(inputs, deadline, begun_ns))
 
     def estimate_ms(self) -> float | None:
         """A moving average of what requests took from ``submit`` to the checked answer; None before the first.
@@ -170,7 +243,12 @@ class Remote:
     def close(self) -> None:
         """Close the connections and end the threads; waiting requests end with RunnerClosed."""
         self._pool.close()
-        self._client.close()
+        self._transport.close()
+
+    def forked(self) -> None:
+        """As ``Forked`` says; over HTTP it goes on in the child with connections, threads and ids of its own."""
+        self._fetching, self._estimating = threading.Lock(), threading.Lock()
+        self._ids = _ids()
 
     def __enter__(self) -> Remote:
         return self
@@ -185,81 +263,101 @@ class Remote:
             )
         return self._served
 
-    def _run(self, job: _Job) -> Answer:
-        job.deadline.timeout_s()
+    def _put(self, asked: _Asked) -> Future[Answer]:
+        job = _Job(asked, Future())
+        self._pool.put(job)
+        return job.future
+
+    def _asked(self, inputs: Tensors, deadline: Deadline, begun_ns: int) -> _Asked:
+        known = self._served
+        if known is None or self._outdated:
+            return _Asked(inputs, known, False, deadline, begun_ns)
+        return _Asked(known.checked(inputs), known, True, deadline, begun_ns)
+
+    def _run(self, asked: _Asked) -> Answer:
+        asked.deadline.timeout_s()
         try:
-            answer = self._answer(job)
+            answer = self._tried(asked)
         except DeadlineExceeded:
-            self._measured((time.perf_counter_ns() - job.submitted_ns) / 1e6, at_least=True)
+            self._measured((time.perf_counter_ns() - asked.begun_ns) / 1e6, at_least=True)
             raise
         self._measured(answer.timing_ms.total)
         return answer
 
-    def _answer(self, job: _Job) -> Answer:
+    def _tried(self, asked: _Asked) -> Answer:
+        tries = 0
+        while True:
+            tries += 1
+            try:
+                return self._answer(asked)
+            except (RemoteUnavailable, RemoteRefused) as error:
+                if isinstance(error, RemoteRefused) and error.status == 404:
+                    self._outdate()
+                pause = self._pause_s(error, tries, asked)
+                if pause is None:
+                    raise
+            if self._pool.closing.wait(pause):
+                raise RunnerClosed(f"the client of {self.url} was closed")
+
+    def _pause_s(self, error: OutriderError, tries: int, asked: _Asked) -> float | None:
+        if tries > self._retries:
+            return None
+        usual_s = (self._estimate_ms or 0.0) / 1e3
+        return pause_s(
+            error,
+            tries=tries,
+            left_s=asked.deadline.remaining_s(),
+            usual_s=usual_s,
+            draw=self._rng.random(),
+            patient=asked.patient,
+        )
+
+    def _answer(self, asked: _Asked) -> Answer:
         begun = time.perf_counter_ns()
-        served = self._metadata(job.deadline)
-        if job.known is not None and job.known.interface_digest != served.interface_digest:
+        served = self._metadata(asked.deadline)
+        if asked.known is not None and asked.known.digest != served.digest:
             raise InterfaceMismatch(f"{self.url} now serves {self.model!r} with another interface than before")
-        inputs = job.inputs if job.checked else check_named(served.interface, job.inputs)
-        id = str(next(self._ids))
-        message = oip.encode_request(inputs, id=id, timeout_us=_timeout_us(job.deadline), binary=served.binary)
-        sent = time.perf_counter_ns()
-        http = self._client.exchange(
-            "POST",
-            f"{self._path}/infer",
-            headers={**self._headers, **message.headers},
-            body=message.body,
-            deadline=job.deadline,
-            max_reply_bytes=self._max_reply_bytes,
+        inputs = asked.inputs if asked.checked else served.checked(asked.inputs)
+        id = next(self._ids)
+        naming = served.naming
+        exchanged = self._transport.infer(
+            inputs if naming is None else theirs_from(naming, inputs),
+            id=id,
+            outputs=None if naming is None else list(naming.outputs.values()),
+            described=served.described,
+            deadline=asked.deadline,
         )
-        received = time.perf_counter_ns()
-        reply = self._decoded(http, job.deadline)
-        self._check_bundle(served, reply)
-        outputs = oip.check_reply(served.interface, reply, id=id, rows=_rows(served.interface, inputs))
+        reply = exchanged.reply if naming is None else ours_from(naming, exchanged.reply)
+        self._check_bundle(served.described, reply)
+        outputs = served.check_reply(reply, id, served.rows(inputs))
         done = time.perf_counter_ns()
-        job.deadline.timeout_s()
+        asked.deadline.timeout_s()
         infer_ms = _milliseconds(reply.parameters.get("infer_ms"))
+        network_ms = max(0.0, (exchanged.received_ns - exchanged.sent_ns) / 1e6 - infer_ms)
         timing = Timing(
-            queue=(begun - job.submitted_ns) / 1e6,
-            pre=(sent - begun) / 1e6,
-            infer=infer_ms,
-            post=(done - received) / 1e6,
-            network=max(0.0, (received - sent) / 1e6 - infer_ms),
-            total=(done - job.submitted_ns) / 1e6,
+            (begun - asked.begun_ns) / 1e6,
+            (exchanged.sent_ns - begun) / 1e6,
+            infer_ms,
+            (done - exchanged.received_ns) / 1e6,
+            network_ms,
+            (done - asked.begun_ns) / 1e6,
         )
-        return Answer(outputs=outputs, timing_ms=timing)
+        return Answer(outputs, timing)
 
-    def _decoded(self, http: HttpReply, deadline: Deadline) -> oip.Reply:
-        if http.status != 200:
-            raise self._refused(http)
-        length = http.headers.get(oip.LENGTH_HEADER.lower())
-        if length is not None and not (length.isascii() and length.isdigit() and len(length) < 16):
-            raise ReplyError(f"{oip.LENGTH_HEADER} of the reply is {length[:32]!r}")
-        json_bytes = None if length is None else int(length)
-        document_bytes = len(http.body) if json_bytes is None else json_bytes
-        if document_bytes * JSON_DECODE_S_PER_BYTE > deadline.remaining_s():
-            raise DeadlineExceeded(f"the reply came too late to decode its {document_bytes} bytes of JSON in time")
-        return oip.decode_reply(http.body, json_bytes, limits=self._limits)
-
-    def _check_bundle(self, served: _Served, reply: oip.Reply) -> None:
+    def _check_bundle(self, described: Described, reply: oip.Reply) -> None:
         """An endpoint that was restarted with another bundle answers another question than the one that was asked."""
-        if served.bundle and reply.parameters.get("bundle", served.bundle) != served.bundle:
-            self._outdated = True
+        if described.bundle and reply.parameters.get("bundle", described.bundle) != described.bundle:
+            self._outdate()
             raise ReplyError(
                 f"{self.url} now serves {self.model!r} from another bundle",
-                hint="the next request asks again what it takes and gives",
+                hint="what it takes and gives is asked for again, at most once a second",
             )
 
-    def _refused(self, http: HttpReply) -> OutriderError:
-        if http.status == 404:
-            self._outdated = True
-        said = _message(http)
-        hint = "redirects are not followed: use the address it names" if 300 <= http.status < 400 else ""
-        return RemoteRefused(
-            f"{self.url}, model {self.model!r}: status {http.status}" + (f": {said}" if said else ""),
-            status=http.status,
-            hint=hint,
-        )
+    def _outdate(self) -> None:
+        """The next request asks for the metadata, unless that was said a moment ago."""
+        now_s, last_s = self._clock(), self._outdated_s
+        if last_s is None or now_s - last_s >= OUTDATED_EVERY_S:
+            self._outdated, self._outdated_s = True, now_s
 
     def _metadata(self, deadline: Deadline) -> _Served:
         served = self._served
@@ -270,33 +368,28 @@ class Remote:
             raise DeadlineExceeded("another request asks the endpoint for its metadata and got no answer in time")
         try:
             if self._served is None or self._outdated:
-                self._served = self._fetched(deadline)
+                self._served = self._bound(self._transport.describe(deadline))
                 self._outdated = False
             return self._served
         finally:
             self._fetching.release()
 
-    def _fetched(self, deadline: Deadline) -> _Served:
-        server = self._get("/v2", deadline)
-        model = self._get(self._path, deadline)
-        interface = oip.interface_from_metadata(model)
-        ours = oip.ours_in(model)
-        extensions = server.get("extensions")
+    def _bound(self, described: Described) -> _Served:
+        ours = self._wanted
+        if ours is None:
+            naming, interface, digest = None, described.interface, described.digest
+        else:
+            naming, interface, digest = bind(ours, described.interface, self._mapping), ours, ours.digest
         return _Served(
+            described=described,
             interface=interface,
-            interface_digest=interface.digest,
-            binary=isinstance(extensions, list) and oip.BINARY_EXTENSION in extensions,
-            bundle=_said(ours, "bundle"),
-            variant=_said(ours, "variant"),
+            digest=digest,
+            naming=naming,
+            names=tuple(spec.name for spec in interface.inputs),
+            rows_of=next((spec.name for spec in interface.inputs if spec.batched), None),
+            check=compile_check(interface),
+            check_reply=oip.compile_reply_check(interface),
         )
-
-    def _get(self, target: str, deadline: Deadline) -> Mapping[str, Any]:
-        http = self._client.exchange(
-            "GET", target, headers=self._headers, deadline=deadline, max_reply_bytes=MAX_METADATA_BYTES
-        )
-        if http.status != 200:
-            raise self._refused(http)
-        return oip.decode_json(http.body, ReplyError)
 
     def _measured(self, milliseconds: float, *, at_least: bool = False) -> None:
         with self._estimating:
@@ -305,104 +398,48 @@ class Remote:
                 self._estimate_ms = moved_average(known, milliseconds)
 
 
-class _Pool:
-    """A few daemon threads, started when they are needed, behind a bounded queue."""
-
-    def __init__(self, run: Callable[[_Job], Answer], *, threads: int, queue_size: int, name: str) -> None:
-        self._run = run
-        self._max_threads = threads
-        self._queue_size = queue_size
-        self._name = name
-        self._jobs: deque[_Job] = deque()
-        self._changed = threading.Condition()
-        self._threads = 0
-        self._idle = 0
-        self._closed = False
-
-    def put(self, job: _Job) -> None:
-        with self._changed:
-            if self._closed:
-                raise RunnerClosed(f"{self._name} is closed")
-            if len(self._jobs) >= self._queue_size + self._idle:
-                raise QueueFull(f"{self._name} has {len(self._jobs)} requests waiting", hint="send fewer at once")
-            self._jobs.append(job)
-            if len(self._jobs) > self._idle and self._threads < self._max_threads:
-                self._threads += 1
-                threading.Thread(target=self._work, name=f"outrider-remote-{self._threads}", daemon=True).start()
-            self._changed.notify()
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            waiting = list(self._jobs)
-            self._jobs.clear()
-            self._changed.notify_all()
-        for job in waiting:
-            if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(RunnerClosed(f"{self._name} was closed"))
-
-    def _work(self) -> None:
-        while (job := self._next()) is not None:
-            if not job.future.set_running_or_notify_cancel():
-                continue
-            try:
-                answer = self._run(job)
-            except BaseException as error:
-                job.future.set_exception(error)
-            else:
-                job.future.set_result(answer)
-
-    def _next(self) -> _Job | None:
-        with self._changed:
-            self._idle += 1
-            while not self._jobs and not self._closed:
-                self._changed.wait()
-            self._idle -= 1
-            return self._jobs.popleft() if self._jobs else None
-
-
-def _rows(interface: Interface, inputs: Tensors) -> int | None:
-    return next((inputs[spec.name].shape[0] for spec in interface.inputs if spec.batched), None)
-
-
-def _timeout_us(deadline: Deadline) -> int | None:
-    remaining_s = deadline.timeout_s()
-    return None if remaining_s is None else min(max(1, int(remaining_s * 1e6)), oip.MAX_TIMEOUT_US)
-
-
-def _path_name(model: str) -> str:
-    if not model or len(model) > oip.MAX_NAME or model in (".", ".."):
-        raise ConfigError(f"{model[:64]!r} is not the name of a model", hint="pass model= as the endpoint calls it")
-    return quote(model, safe="")
-
-
-def _headers(origin: Origin, token: str | None) -> dict[str, str]:
-    if token is None:
-        return {}
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise ConfigError("token= is not one word of printable ASCII characters")
-    if origin.scheme != "https" and not origin.loopback:
-        raise ConfigError(
-            f"a token would be sent to {origin.address} in the clear", hint="use https, or an endpoint on this machine"
+def _transport(
+    origin: Origin, *, model: str, tls: AnyTls | None, token: str | None, max_reply_bytes: int, threads: int
+) -> Transport:
+    if origin.scheme in HTTP_SCHEMES:
+        return HttpTransport(
+            origin, model=model, tls=tls, token=token, max_reply_bytes=max_reply_bytes, threads=threads
         )
-    return {"Authorization": f"Bearer {token}"}
+    from outrider_runtimes.remote_grpc import GrpcTransport  # gRPC is an extra, and slow to import
+
+    return GrpcTransport(origin, model=model, tls=tls, token=token, max_reply_bytes=max_reply_bytes)
 
 
-def _said(ours: Mapping[str, Any], key: str) -> str:
-    value = ours.get(key, "")
-    return value[: oip.MAX_NAME] if isinstance(value, str) else ""
+def _ids() -> Iterator[str]:
+    """Another process's, and another remote's, are others."""
+    return map((os.urandom(4).hex() + "-{}").format, itertools.count(1))
+
+
+def _wanted(interface: Interface | None, mapping: Mapping[str, str] | None) -> Interface | None:
+    if interface is None:
+        if mapping is not None:
+            raise ConfigError("mapping= says what an interface's tensors are called", hint="pass interface= as well")
+        return None
+    if not isinstance(interface, Interface):
+        raise ConfigError(
+            f"interface= is a {type(interface).__name__}", hint="pass the edge's: interface=model.interface"
+        )
+    require_kind("mapping", mapping, (Mapping, type(None)), "the endpoint's names by those of the interface")
+    check_mapping(interface, mapping or {})
+    return interface
+
+
+def _check_name(model: str) -> None:
+    require_kind("model", model, (str,), "its name at the endpoint")
+    if not model or len(model) > oip.MAX_NAME or model in (".", "..") or any("\ud800" <= c <= "\udfff" for c in model):
+        raise ConfigError(f"{model[:64]!r} is not the name of a model", hint="pass model= as the endpoint calls it")
+
+
+def _check_count(name: str, count: object, *, least: int) -> None:
+    if type(count) is not int or count < least:
+        raise ConfigError(f"{name} is {count!r:.40}, expected a whole number of {least} or more")
 
 
 def _milliseconds(value: object) -> float:
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e9
     return float(value) if ok else 0.0  # type: ignore[arg-type]
-
-
-def _message(http: HttpReply) -> str:
-    """What the server says of its refusal, in one short printable line; empty when that cannot be told."""
-    try:
-        said = oip.decode_json(http.body, ReplyError).get("error", "")
-    except ReplyError:
-        return ""
-    text = said if isinstance(said, str) else ""
-    return "".join(c if c.isprintable() else " " for c in text[:MAX_MESSAGE]).strip()

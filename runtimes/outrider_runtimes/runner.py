@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from outrider_runtimes.deadline import Deadline
 from outrider_runtimes.errors import DeadlineExceeded, RunnerClosed
@@ -11,10 +13,12 @@ from outrider_runtimes.nouns import dataclass
 from outrider_runtimes.tensors import Array, Interface, Tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from concurrent.futures import Future
 
 Drop = Literal["newest", "oldest"]  # which request is refused when too many wait
 
+CLOSE_TIMEOUT_S = 5.0  # that a close waits for the call that runs
 NEWEST_SHARE = 0.2  # of the newest duration in the average: five requests bring most of a change
 
 
@@ -85,6 +89,21 @@ def moved_average(average: float | None, newest: float) -> float:
     return newest if average is None else average + NEWEST_SHARE * (newest - average)
 
 
+def first_ended(futures: Sequence[Future[Any]], seconds: float) -> bool:
+    """Wait until one of them has ended, or for so long; whether one has. It gives up none of them."""
+    # Not ``future.result(seconds)``: a signal's exception inside of that becomes a RuntimeError now and then.
+    running = threading.Lock()
+    running.acquire()
+
+    def ended(_: Future[Any]) -> None:
+        with suppress(RuntimeError):  # the second of them
+            running.release()
+
+    for future in futures:
+        future.add_done_callback(ended)
+    return running.acquire(timeout=-1 if seconds == math.inf else min(seconds, threading.TIMEOUT_MAX))
+
+
 def wait(future: Future[Answer], deadline: Deadline) -> Answer:
     """What the future ends with, by the deadline; what comes later is dropped.
 
@@ -97,11 +116,16 @@ def wait(future: Future[Answer], deadline: Deadline) -> Answer:
 
     left_s = deadline.remaining_s()
     try:
-        return future.result(None if left_s == math.inf else left_s)
+        if not first_ended([future], left_s):
+            raise DeadlineExceeded("no answer in time")
+    except BaseException:  # nobody waits for it any more
+        future.cancel()
+        raise
+    try:
+        return future.result()
     except DeadlineExceeded:
         raise
-    except (FutureTimeout, TimeoutError):  # two classes before Python 3.11
-        future.cancel()
+    except (FutureTimeout, TimeoutError):  # two classes before Python 3.11; a runner's own
         raise DeadlineExceeded("no answer in time") from None
     except CancelledError:
         raise RunnerClosed("the request was cancelled") from None

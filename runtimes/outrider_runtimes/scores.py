@@ -12,8 +12,7 @@ import numpy as np
 from outrider_runtimes.errors import FormatError
 from outrider_runtimes.tensors import Array, Interface, Tensors, TensorSpec
 
-Floats = Array
-SMALLEST = 1e-30  # of a probability, where its logarithm is taken
+SMALLEST = 1e-30  # of a probability that is not 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,18 +52,23 @@ class Score:
                 f"score: {self.output!r} is {spec.dtype} {list(spec.shape)}, expected float [..., {needed} or more]"
             )
 
-    def rows(self, outputs: Tensors) -> Floats:
+    @property
+    def least_threshold(self) -> float:
+        """What no threshold may be below: an answer without a box, whose score is 0, is uncertain under any."""
+        return SMALLEST if self.kind == "detection" else -math.inf
+
+    def rows(self, outputs: Tensors) -> Array:
         """One number a row, float64 [N]; of ``[N, ..., classes]`` the least sure place counts. NaN where a value is."""
         array = np.asarray(outputs[self.output], dtype=np.float64)
         shape = array.shape if array.ndim > 1 else (1, *array.shape)
         array = array.reshape(shape[0], math.prod(shape[1:-1]), shape[-1])
         if self.kind == "detection":
-            surest: Floats = array.max(axis=(1, 2), initial=0.0)
+            surest: Array = array.max(axis=(1, 2), initial=0.0)
             return surest
         if not array.size:
             return np.ones(len(array))
         with np.errstate(invalid="ignore", over="ignore"):
-            least: Floats = _OF_CLASSES[self.kind](array, self.values == "logits").min(axis=1)
+            least: Array = _OF_CLASSES[self.kind](array, self.values == "logits").min(axis=1)
         return least
 
     def least(self, outputs: Tensors) -> float:
@@ -88,36 +92,39 @@ class Score:
         return cls(kind=kind, output=output, values=values)
 
 
-def _odds(array: Floats, logits: bool) -> Floats:
-    if not logits:
-        return array
-    odds = np.exp(array - array.max(axis=-1, keepdims=True))
-    normed: Floats = odds / odds.sum(axis=-1, keepdims=True)
-    return normed
+def softmax(x: Array, *, axis: int = -1) -> Array:
+    """``exp(x - max) / sum`` over one axis, of floats, in their own precision."""
+    powers: Array = np.exp(x - x.max(axis=axis, keepdims=True))
+    powers /= powers.sum(axis=axis, keepdims=True)
+    return powers
 
 
-def _margin(array: Floats, logits: bool) -> Floats:
+def _odds(array: Array, logits: bool) -> Array:
+    return softmax(array) if logits else array
+
+
+def _margin(array: Array, logits: bool) -> Array:
     if array.shape[-1] == 1:
         return np.ones(array.shape[:-1])
     top = np.partition(_odds(array, logits), -2, axis=-1)[..., -2:]
-    difference: Floats = top[..., 1] - top[..., 0]
+    difference: Array = top[..., 1] - top[..., 0]
     return difference
 
 
-def _entropy(array: Floats, logits: bool) -> Floats:
+def _entropy(array: Array, logits: bool) -> Array:
     odds = _odds(array, logits)
     bits = -(odds * np.log(np.maximum(odds, SMALLEST))).sum(axis=-1)
-    share: Floats = 1.0 - bits / math.log(max(2, array.shape[-1]))
+    share: Array = 1.0 - bits / math.log(max(2, array.shape[-1]))
     return share
 
 
-def _energy(array: Floats, logits: bool) -> Floats:
+def _energy(array: Array, logits: bool) -> Array:
     most = array.max(axis=-1)
-    total: Floats = most + np.log(np.exp(array - most[..., None]).sum(axis=-1))
+    total: Array = most + np.log(np.exp(array - most[..., None]).sum(axis=-1))
     return total
 
 
-_OF_CLASSES: Mapping[str, Callable[[Floats, bool], Floats]] = {
+_OF_CLASSES: Mapping[str, Callable[[Array, bool], Array]] = {
     "margin": _margin,
     "entropy": _entropy,
     "energy": _energy,

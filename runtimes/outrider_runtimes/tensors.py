@@ -23,7 +23,7 @@ from outrider_runtimes._inputs import (
     fits,
     readable_shape,
 )
-from outrider_runtimes.errors import FormatError
+from outrider_runtimes.errors import FormatError, InputError
 from outrider_runtimes.nouns import dataclass
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ class TensorSpec:
             inputs is one size in all of them.
         range: the finite bounds within which values are expected, or None.
         meaning: for people: unit, colour order, what 1.0 stands for.
+        content_type: where the values are the bytes of a file, what kind of file: ``image/jpeg``; such a tensor is
+            uint8 [N, T], each row padded with zeros.
     """
 
     name: str
@@ -101,6 +103,7 @@ class TensorSpec:
     axes: str = ""
     range: tuple[float, float] | None = None
     meaning: str = ""
+    content_type: str = ""
 
     def __post_init__(self) -> None:
         where = f"tensor {self.name!r}"
@@ -114,6 +117,8 @@ class TensorSpec:
             raise FormatError(f"{where}: axes {self.axes!r} do not name {len(self.shape)} dimensions")
         if self.range is not None and not (np.isfinite(self.range).all() and self.range[0] <= self.range[1]):
             raise FormatError(f"{where}: range {list(self.range)} is not two finite bounds, the lower first")
+        if self.content_type and (self.dtype, self.axes) != ("uint8", "NT"):
+            raise FormatError(f"{where}: {self.content_type} is in uint8 with axes NT, not {self.dtype} {self.axes!r}")
         if BATCH_AXIS in self.axes[1:]:
             raise FormatError(f"{where}: axis {BATCH_AXIS} must be the first, not in {self.axes!r}")
 
@@ -131,6 +136,8 @@ class TensorSpec:
             out["range"] = list(self.range)
         if self.meaning:
             out["meaning"] = self.meaning
+        if self.content_type:
+            out["content_type"] = self.content_type
         return out
 
     @classmethod
@@ -145,6 +152,7 @@ class TensorSpec:
                 axes=_text(data.get("axes", "")),
                 range=None if bounds is None else (float(bounds[0]), float(bounds[1])),
                 meaning=_text(data.get("meaning", "")),
+                content_type=_text(data.get("content_type", "")),
             )
         except MALFORMED as error:
             raise FormatError(f"interface: a tensor is malformed: {error!r}") from None
@@ -234,6 +242,30 @@ class Interface:
         if self.processing is None:
             return self
         return replace(self, outputs=self.processing.outputs, processing=replace(self.processing, after=()))
+
+    def named(self, classes: Array) -> Array:
+        """What classes are called.
+
+        Args:
+            classes: numbers of classes, integers of any shape, as ``argmax``, ``top_k`` and ``suppression`` give them;
+                -1 is no class.
+
+        Returns:
+            str, of the same shape; empty for no class.
+
+        Raises:
+            InputError: there is no label of such a number.
+        """
+        numbers = np.asarray(classes)
+        if numbers.dtype.kind not in "iu" or (
+            numbers.size and not -1 <= numbers.min() <= numbers.max() < len(self.labels)
+        ):
+            raise InputError(
+                f"{numbers.dtype} {list(numbers.shape)} are not numbers of the {len(self.labels)} labels",
+                hint="pass what argmax, top_k or suppression gave" if self.labels else "the bundle has no labels",
+            )
+        called: Array = np.array([*self.labels, ""])[numbers]
+        return called
 
     def to_dict(self) -> dict[str, Any]:
         """As the manifest stores it."""
@@ -347,9 +379,9 @@ class TensorBinding:
                 file_name=_text(data["file_name"]),
                 dtype=_text(data["dtype"]),
                 shape=_shape(data["shape"]),
-                permutation=tuple(int(axis) for axis in data.get("permutation", ())),
+                permutation=tuple(map(_whole, data.get("permutation", ()))),
                 scale=None if scale is None else float(scale),
-                zero_point=int(data.get("zero_point", 0)),
+                zero_point=_whole(data.get("zero_point", 0)),
             )
         except MALFORMED as error:
             raise FormatError(f"binding: malformed: {error!r}") from None
@@ -423,6 +455,12 @@ def _check_signatures(binding: Binding) -> None:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"expected a string, not {value!r}")
+    return value
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"expected a whole number, not {value!r:.40}")
     return value
 
 

@@ -82,7 +82,7 @@ def test_several_inputs_and_outputs_keep_their_places(engine, model_file, n):
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 17])
-def test_a_free_batch(engine, model_file, gap, n):
+def test_a_free_batch_takes_any_number_of_rows(engine, model_file, gap, n):
     with gap(f"rows-{n}"):
         session = prepare(engine, model_file, "linear")
         x = rows(n, n)
@@ -160,7 +160,7 @@ def test_sessions_of_one_file_run_side_by_side(engine, model_file):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(250)
     assert not wrong
     assert not any(thread.is_alive() for thread in threads)
 
@@ -239,7 +239,7 @@ print(refused)
 def test_truncated_files_are_refused_without_a_crash(engine, model_file, gap, tmp_path):
     source = model_file(f"{FORMATS[engine.name]}-several")
     command = [sys.executable, "-c", TRUNCATED, engine.name, str(source), str(tmp_path / "cut")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     with gap("truncated"):
         assert done.returncode == 0, done.stderr
         assert int(done.stdout) == 24

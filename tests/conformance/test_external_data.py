@@ -108,6 +108,35 @@ def test_entries_without_the_flag_and_the_flag_without_entries_are_refused(folde
             engine_named("onnxruntime").prepare(path, threads=1)
 
 
+def a_compiled_graph(**where):
+    """A node that ONNX Runtime writes for an accelerator; ``ep_cache_context`` is the name of a file or its bytes."""
+    return helper.make_node("EPContext", ["x"], ["w"], domain="com.microsoft", **where)
+
+
+@pytest.mark.parametrize("embed_mode", [0, 1])
+def test_a_compiled_graph_may_name_a_file_and_is_refused(tmp_path, embed_mode):
+    node = a_compiled_graph(embed_mode=embed_mode, ep_cache_context="../above.bin")
+    inner = helper.make_graph([node], "branch", [], [helper.make_tensor_value_info("w", TensorProto.FLOAT, [4])])
+    condition = numpy_helper.from_array(np.array(True), "c")
+    branches = helper.make_node("If", ["c"], ["w"], then_branch=inner, else_branch=inner)
+    for model in (add(nodes=[node]), add(nodes=[branches], tensors=[condition])):
+        path = tmp_path / "model.onnx"
+        path.write_bytes(model.SerializeToString())
+        with pytest.raises(ModelLoadError, match="EPContext operator, which may name other files") as caught:
+            engine_named("onnxruntime").prepare(path, threads=1)
+        assert "compiled" in caught.value.hint
+
+
+def test_another_node_of_that_name_is_none(tmp_path):
+    path = tmp_path / "model.onnx"
+    node = helper.make_node("Identity", ["x"], ["w"], name="EPContext", doc_string="EPContext")
+    path.write_bytes(add(nodes=[node]).SerializeToString())
+    session = engine_named("onnxruntime").prepare(path, threads=1)
+    (answer,) = session.run([np.ones((1, 4), np.float32)])
+    assert answer.tolist() == [[2.0] * 4]
+    session.close()
+
+
 def test_the_walk_knows_every_field_that_leads_to_a_tensor():
     """Compared with onnx's own description of the format, so that a new field is seen."""
     messages = {
@@ -128,6 +157,7 @@ def test_the_walk_knows_every_field_that_leads_to_a_tensor():
             if field.message_type is not None and field.message_type.name in messages
         }
         assert _protobuf._MESSAGES[ours] == leading, message
+    assert onnx.NodeProto.DESCRIPTOR.fields_by_name["op_type"].number == _protobuf._NODE_OPERATOR
 
 
 def test_ort_format_bytes_are_not_taken_for_a_model(tmp_path):

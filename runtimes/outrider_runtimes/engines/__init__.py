@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -116,17 +116,22 @@ class Engine(Protocol):
         ...
 
 
-def find_engines(root: Path = Path("/")) -> tuple[Engine, ...]:
+def find_engines(root: Path = Path("/"), *, left_out: Collection[str] = ()) -> tuple[Engine, ...]:
     """Every engine that there is for this machine, best first for each format, usable here or not.
 
     Those that Outrider has, and those of installed distributions with an entry point in the group ``outrider.engines``
-    that names a class or function without arguments which gives an Engine. No engine's library is imported. Those for
-    NVIDIA's GPUs are among them only where ``root`` has such a device.
+    that names a class or function without arguments which gives an Engine (``builds`` and ``version`` may be absent).
+    No library of an engine of Outrider's is imported. Those for NVIDIA's GPUs are among them only where ``root`` has
+    such a device, or the onnxruntime that is installed is made for one.
+
+    Args:
+        root: where ``dev`` is.
+        left_out: names of entry points that are not to be imported here.
     """
-    from outrider_runtimes.engines.onnxruntime import ACCELERATED, has_nvidia_gpu
+    from outrider_runtimes.engines.onnxruntime import accelerated
 
     own = (make() for make in _OWN.values())
-    return (*(ACCELERATED if has_nvidia_gpu(root) else ()), *own, *_strangers())
+    return (*accelerated(root), *own, *_strangers(left_out))
 
 
 def engine_named(name: str) -> Engine:
@@ -135,7 +140,15 @@ def engine_named(name: str) -> Engine:
         return _OWN[name]()
     from outrider_runtimes.engines.onnxruntime import ACCELERATED
 
-    others = [*ACCELERATED, *_strangers()]  # strangers last: that reads the metadata of all that is installed
+    for way in ACCELERATED:
+        if way.name == name:
+            return way
+    strangers = strange_names()  # last: that reads the metadata of all that is installed
+    if name in strangers:  # the usual case, in which no other stranger is imported
+        engine = strange_engine(name)
+        if engine.name == name:
+            return engine
+    others = [*ACCELERATED, *_strangers()]
     for engine in others:
         if engine.name == name:
             return engine
@@ -169,18 +182,45 @@ _OWN: Mapping[str, Callable[[], Engine]] = {
 }
 
 
-def _strangers() -> tuple[Engine, ...]:
-    from importlib import metadata
+def strange_names() -> tuple[str, ...]:
+    """The names of the entry points of strangers' engines, sorted. Nothing is imported."""
+    from outrider_runtimes.engines._stranger import entries
 
+    return tuple(dict.fromkeys(entry.name for entry in entries(ENTRY_POINTS)))
+
+
+def strange_engine(name: str) -> Engine:
+    """The engine that a stranger's entry point gives. Imports it, which may be fatal.
+
+    Raises:
+        NoEngine: there is none of that name, it does not import, or gives what is no engine.
+    """
+    from outrider_runtimes.engines._stranger import entries, stranger
+
+    for entry in entries(ENTRY_POINTS):
+        if entry.name == name:
+            return stranger(entry, _is_ours)
+    raise NoEngine(f"no installed distribution has an engine {name!r}", hint="pip install the one that has it")
+
+
+def _is_ours(name: str) -> bool:
+    from outrider_runtimes.engines.onnxruntime import ACCELERATED
+
+    return name in _OWN or name in [engine.name for engine in ACCELERATED]
+
+
+def _strangers(left_out: Collection[str] = ()) -> tuple[Engine, ...]:
     found: list[Engine] = []
-    for entry in sorted(metadata.entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
+    for name in strange_names():
+        if name in left_out:
+            continue
         try:
-            found.append(entry.load()())
-        except Exception as error:  # one that is broken takes no other down with it
+            found.append(strange_engine(name))
+        except NoEngine as error:  # one that is broken takes no other down with it
             import logging  # here, and in all that a load imports: most loads have nothing to say
 
             log = logging.getLogger(__name__)
-            log.warning("the engine %r of %s cannot be loaded: %r", entry.name, entry.value, error)
+            log.warning("%s", error)
     return tuple(found)
 
 

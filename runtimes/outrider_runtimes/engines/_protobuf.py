@@ -1,4 +1,4 @@
-"""Whether an ONNX file keeps tensors in other files, found by walking its bytes; no onnx package, no parse of it all.
+"""Whether an ONNX file leads to other files, found by walking its bytes; no onnx package, no parse of it all.
 
 ONNX Runtime opens what an ONNX file names (and has followed links out of the model's folder), so such a file is
 refused before the engine sees it.
@@ -6,11 +6,8 @@ refused before the engine sees it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from outrider_runtimes.errors import ModelLoadError
-
-VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
+from outrider_runtimes.protowire import LENGTH, Malformed, fields
 
 # onnx.proto3: message -> field number -> message of the field. Only what can lead to a TensorProto.
 _MESSAGES: dict[str, dict[int, str]] = {
@@ -24,79 +21,45 @@ _MESSAGES: dict[str, dict[int, str]] = {
     "Tensor": {},
 }
 _TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION = 13, 14
+_NODE_OPERATOR = 4
 _MAX_DEPTH = 64  # graphs nest through attributes; protobuf's own parser stops at 100 messages
+_EXTERNAL = "keeps tensors in other files (external data)"
+_CONTEXT = "has an EPContext operator, which may name other files"
+_HINTS = {
+    _EXTERNAL: "save it as one file: onnx.save(model, path, save_as_external_data=False)",
+    _CONTEXT: "give the model from which that one was compiled",
+}
 
 
 def refuse_external_data(data: bytes, *, where: str) -> None:
-    """Raise ModelLoadError when a tensor of the ONNX file in ``data`` lies in another file, or it is no protobuf."""
+    """Raise ModelLoadError when the ONNX file in ``data`` leads to other files, or it is no protobuf.
+
+    A tensor may lie in another file, and an ``EPContext`` operator, a graph that was compiled for some accelerator, may
+    name one.
+    """
     try:
-        external = _has_external(memoryview(data), "Model", 0)
-    except _Malformed:
+        fault = _fault(memoryview(data), "Model", 0)
+    except Malformed:
         raise ModelLoadError(
             f"{where}: not an ONNX file, or one that was cut short",
             hint="export it again, or compare its sha256 with the original's",
         ) from None
-    if external:
-        raise ModelLoadError(
-            f"{where}: keeps tensors in other files (external data), which are never read",
-            hint="save it as one file: onnx.save(model, path, save_as_external_data=False)",
-        )
+    if fault:
+        raise ModelLoadError(f"{where}: {fault}, which are never read", hint=_HINTS[fault])
 
 
-class _Malformed(Exception):
-    """The bytes are not a protobuf message."""
-
-
-def _has_external(data: memoryview, message: str, depth: int) -> bool:
+def _fault(data: memoryview, message: str, depth: int) -> str:
+    """How a message leads to another file; empty where it does not."""
     if depth > _MAX_DEPTH:
-        raise _Malformed
+        raise Malformed
     children = _MESSAGES[message]
-    for number, wire, value in _fields(data):
+    for number, wire, value in fields(data):
         if message == "Tensor":
             if (number == _TENSOR_EXTERNAL_DATA) or (number == _TENSOR_DATA_LOCATION and value != 0):
-                return True
-        elif (
-            number in children
-            and wire == LENGTH
-            and isinstance(value, memoryview)
-            and _has_external(value, children[number], depth + 1)
-        ):
-            return True
-    return False
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
-    """Field number, wire type and value: an int of a varint, the bytes of anything else."""
-    at, end = 0, len(data)
-    while at < end:
-        key, at = _varint(data, at)
-        number, wire = key >> 3, key & 7
-        if number == 0:
-            raise _Malformed
-        if wire == VARINT:
-            value, at = _varint(data, at)
-            yield number, wire, value
-            continue
-        if wire == LENGTH:
-            size, at = _varint(data, at)
-        elif wire in (FIXED64, FIXED32):
-            size = 8 if wire == FIXED64 else 4
-        else:
-            raise _Malformed  # groups, which proto3 does not have
-        if size > end - at:
-            raise _Malformed
-        yield number, wire, data[at : at + size]
-        at += size
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= len(data):
-            raise _Malformed
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise _Malformed
+                return _EXTERNAL
+        elif wire == LENGTH and isinstance(value, memoryview):
+            if message == "Node" and number == _NODE_OPERATOR and bytes(value) == b"EPContext":
+                return _CONTEXT
+            if number in children and (fault := _fault(value, children[number], depth + 1)):
+                return fault
+    return ""

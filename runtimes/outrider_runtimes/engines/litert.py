@@ -7,7 +7,11 @@ from outrider_runtimes.engines._library import Library
 
 
 class LiteRtEngine(InterpreterEngine):
-    """Runs ``.tflite`` files."""
+    """Runs ``.tflite`` files.
+
+    Where a shape is free the library keeps the memory of the largest calls that it has had, until the session is
+    closed: some times the bytes of their tensors, and no more with every further call.
+    """
 
     name = "litert"
     library = Library(

@@ -2,11 +2,15 @@
 
 Each way is an engine of its own, so that which one serves is measured and not assumed. A way runs what it cannot do on
 the next of its providers, and never runs at all without its first one: ONNX Runtime by itself would silently go on on
-the CPU. Where a way cannot be used, its ``check`` or ``prepare`` says why, and another engine serves.
+the CPU. Where a way cannot be used, its ``check`` or ``prepare`` says why, and another engine serves. A wheel with a
+provider inside says nothing of whether it starts: that is tried.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +18,22 @@ from typing import Any
 from outrider_runtimes.engines import FileTensor
 from outrider_runtimes.engines._library import Library, one_line
 from outrider_runtimes.engines._protobuf import refuse_external_data
-from outrider_runtimes.errors import InferenceError, ModelLoadError
+from outrider_runtimes.errors import InferenceError, ModelLoadError, NoEngine
 from outrider_runtimes.nouns import dataclass
 from outrider_runtimes.tensors import Array
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 GPU_WHEEL = "install NVIDIA's onnxruntime-gpu wheel for this JetPack in the place of onnxruntime"
+CPU_WHEEL = "there is no NVIDIA GPU here: install onnxruntime in the place of onnxruntime-gpu"
+GPU_LIBRARIES = "its libraries (CUDA, cuDNN, TensorRT) are missing, or of another version than this onnxruntime wants"
+_LIBRARY_OF = {CUDA: "libonnxruntime_providers_cuda.so", TENSORRT: "libonnxruntime_providers_tensorrt.so"}
+# An ONNX file whose input `x`, a float32 [1], is its output: a session of it starts a provider and compiles nothing.
+_PASS_THROUGH = bytes.fromhex(
+    "08083a25120167"  # IR version 8, a graph of the name g
+    "5a0f0a0178120a0a08080112040a020801"  # its input
+    "620f0a0178120a0a08080112040a020801"  # its output
+    "4202100d"  # the operators of version 13
+)
 LIBRARY = Library(package="onnxruntime", module="onnxruntime", distribution="onnxruntime", extra="onnx")
 
 DTYPE_OF_TYPE = {
@@ -43,27 +57,27 @@ _FATAL = 4  # errors come as exceptions; ONNX Runtime would print them as well
 class OnnxRuntimeEngine:
     """Runs ``.onnx`` files. Dimensions that the file leaves open may differ from call to call.
 
-    ``providers``: ONNX Runtime's execution providers, in the order in which they are asked.
+    ``providers``: ONNX Runtime's execution providers, in the order in which they are asked. ``device``: False where
+    there is no GPU for them, and the engine is listed for the sake of the reason that ``check`` gives.
     """
 
     name: str = "onnxruntime"
     providers: tuple[str, ...] = (CPU,)
     formats: Sequence[str] = ("onnx",)
+    device: bool = True
 
     @property
     def builds(self) -> bool:
         """TensorRT compiles the model for the GPU."""
-        return TENSORRT in self.providers
+        return TENSORRT in self.providers and self.device
 
     def check(self) -> str | None:
-        """None when onnxruntime imports here and has the first provider; else the reason and the way out."""
+        """None when onnxruntime imports here and the first provider starts; else the reason and the way out."""
         reason = LIBRARY.check()
         if reason is not None or self.providers == (CPU,):
             return reason
-        has = LIBRARY.load().get_available_providers()
-        if self.providers[0] in has:
-            return None
-        return f"{self.providers[0]} is not among this onnxruntime's providers ({', '.join(has)}); {GPU_WHEEL}"
+        refusal = self._refusal(LIBRARY.load())
+        return None if refusal is None else f"{refusal}; {refusal.hint}"
 
     def version(self) -> str:
         """The version of onnxruntime. Raises MissingExtra."""
@@ -73,8 +87,9 @@ class OnnxRuntimeEngine:
         """Load an ONNX file that holds all of its tensors itself.
 
         Raises:
-            ModelLoadError: unreadable, cut short, refused by ONNX Runtime or by the first provider, with external data,
-                or with inputs or outputs that are not tensors of a numpy dtype.
+            ModelLoadError: unreadable, cut short, refused by ONNX Runtime, with external data, or with inputs or
+                outputs that are not tensors of a numpy dtype.
+            NoEngine: the first provider does not start here.
             MissingExtra: onnxruntime is not installed.
         """
         library = LIBRARY.load()
@@ -83,18 +98,45 @@ class OnnxRuntimeEngine:
         except OSError as error:
             raise ModelLoadError(f"{path.name}: cannot be read: {error.strerror or error}") from error
         refuse_external_data(data, where=path.name)
-        options = [provider_options(provider, cache) for provider in self.providers]
         if self.builds and cache is not None:
             cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        refusal = None
         try:
-            # From bytes, not by path: without a folder ONNX Runtime has nothing to resolve a reference against.
-            session = library.InferenceSession(
-                data, _options(library, threads), list(self.providers), options, enable_fallback=0
-            )
+            session = self._session(library, data, threads, cache)
         except Exception as error:
-            raise ModelLoadError(f"{path.name}: ONNX Runtime refused it: {one_line(error)}") from error
-        _require_first(self.providers, session.get_providers(), where=path.name)
+            refusal = self._refusal(library)
+            if refusal is None:
+                what = one_line(_without_source(error))
+                raise ModelLoadError(f"{path.name}: ONNX Runtime refused it: {what}") from error
+        else:
+            if self.providers[0] not in session.get_providers():
+                refusal = self._refusal(library) or _refusal(self.providers[0], "ONNX Runtime went on without it")
+        if refusal is not None:
+            raise refusal
         return OnnxSession(session, where=path.name)
+
+    def _session(self, library: Any, data: bytes, threads: int, cache: Path | None) -> Any:
+        options = [provider_options(provider, cache) for provider in self.providers]
+        # From bytes, not by path: without a folder ONNX Runtime has nothing to resolve a reference against.
+        return library.InferenceSession(
+            data, _options(library, threads), list(self.providers), options, enable_fallback=0
+        )
+
+    def _refusal(self, library: Any) -> NoEngine | None:
+        """Why the first provider does not start here; None where it does."""
+        first = self.providers[0]
+        if first == CPU:
+            return None
+        has = library.get_available_providers()
+        if first not in has:
+            what = f"{first} is not among this onnxruntime's providers ({', '.join(has)})"
+            return NoEngine(what, hint=GPU_WHEEL)
+        try:
+            started = self._session(library, _PASS_THROUGH, 1, None).get_providers()
+            why = "ONNX Runtime went on without it"
+        except Exception as error:
+            started, why = [], one_line(_without_source(error))
+        return None if first in started else _refusal(first, _missing_library(first) or why)
 
 
 ACCELERATED = (
@@ -103,9 +145,21 @@ ACCELERATED = (
 )
 
 
+def accelerated(root: Path) -> tuple[OnnxRuntimeEngine, ...]:
+    """The ways onto a GPU that are of interest: there is one, or the onnxruntime that is installed is made for one."""
+    if has_nvidia_gpu(root):
+        return ACCELERATED
+    return tuple(dataclasses.replace(way, device=False) for way in ACCELERATED) if has_gpu_library() else ()
+
+
 def has_nvidia_gpu(root: Path) -> bool:
     """Whether there is the device node of an NVIDIA GPU: of a card, or of a Jetson's own."""
     return any((root / "dev" / node).exists() for node in ("nvidia0", "nvidiactl", "nvhost-gpu", "nvgpu"))
+
+
+def _without_source(error: Exception) -> Exception:
+    """What it says without where in the library that was: a signature alone may be longer than a line."""
+    return ValueError(re.sub(r"/\S+\.(?:cc|h):\d+ [^()]*\([^()]*\) ", "", str(error)))
 
 
 def provider_options(provider: str, cache: Path | None) -> dict[str, str]:
@@ -120,12 +174,38 @@ def provider_options(provider: str, cache: Path | None) -> dict[str, str]:
     }
 
 
-def _require_first(asked: Sequence[str], used: Sequence[str], *, where: str) -> None:
-    if asked[0] not in used:
-        raise ModelLoadError(
-            f"{where}: {asked[0]} was asked for, ONNX Runtime fell back to {', '.join(used)}",
-            hint="its libraries (CUDA, cuDNN, TensorRT) are missing, or of another version than this onnxruntime wants",
-        )
+def _refusal(provider: str, why: str) -> NoEngine:
+    cure = GPU_LIBRARIES if has_nvidia_gpu(Path("/")) else CPU_WHEEL
+    return NoEngine(f"{provider} does not start here: {why}", hint=cure)
+
+
+def _missing_library(provider: str) -> str | None:
+    """What the dynamic linker says of a provider: ONNX Runtime prints it, and raises it not at all or as another text.
+
+    Only after ONNX Runtime has tried to load it: before, the provider's library runs into a host that is not there.
+    """
+    import ctypes  # here alone: nearly every start does without
+
+    for folder in _native_folders():
+        try:
+            ctypes.CDLL(str(folder / _LIBRARY_OF[provider]))
+        except OSError as error:
+            return re.sub(r"/\S*/", "", one_line(error))
+    return None
+
+
+def has_gpu_library() -> bool:
+    """Whether the onnxruntime that is installed has a provider for NVIDIA's GPUs. Imports nothing."""
+    return any((folder / name).exists() for folder in _native_folders() for name in _LIBRARY_OF.values())
+
+
+def _native_folders() -> list[Path]:
+    try:
+        found = importlib.util.find_spec(LIBRARY.package)
+    except (ImportError, ValueError):
+        return []
+    places = found.submodule_search_locations if found is not None else None
+    return [Path(place) / "capi" for place in places or ()]
 
 
 def _options(library: Any, threads: int) -> Any:

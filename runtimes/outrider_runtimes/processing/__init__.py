@@ -15,6 +15,7 @@ from outrider_runtimes.processing.base import (
     Processing,
     Step,
     around,
+    callers_of,
     check_processing,
     infer_specs,
     run_steps,
@@ -25,6 +26,7 @@ from outrider_runtimes.tensors import PROCESSING_KEYS, Interface, TensorSpec
 if TYPE_CHECKING:
     from outrider_runtimes.processing.arrange import Layout, Rename
     from outrider_runtimes.processing.boxes import AnchorBoxes, BoxesToImage, CornerBoxes, GridBoxes
+    from outrider_runtimes.processing.encoded import DecodeImage, encode_images
     from outrider_runtimes.processing.images import CenterCrop, Letterbox, Normalise, Resize
     from outrider_runtimes.processing.masks import MaskArgmax
     from outrider_runtimes.processing.scores import Argmax, Sigmoid, Softmax, TopK
@@ -42,6 +44,7 @@ __all__ = [
     "Cast",
     "CenterCrop",
     "CornerBoxes",
+    "DecodeImage",
     "Dequantize",
     "GridBoxes",
     "Layout",
@@ -60,7 +63,9 @@ __all__ = [
     "TokenLookup",
     "TopK",
     "around",
+    "callers_of",
     "check_processing",
+    "encode_images",
     "encode_text",
     "infer_specs",
     "processing_from_dict",
@@ -74,6 +79,7 @@ MAX_STEPS = 64  # on a side
 
 # By kind, the module here and the class: a board loads the kinds that its bundle has, and no other.
 STEPS: Mapping[str, tuple[str, str]] = {
+    "decode_image": ("encoded", "DecodeImage"),
     "resize": ("images", "Resize"),
     "letterbox": ("images", "Letterbox"),
     "center_crop": ("images", "CenterCrop"),
@@ -97,7 +103,7 @@ STEPS: Mapping[str, tuple[str, str]] = {
     "suppression": ("suppression", "Suppression"),
     "boxes_to_image": ("boxes", "BoxesToImage"),
 }
-_HOMES = {"encode_text": "text", **{name: module for module, name in STEPS.values()}}
+_HOMES = {"encode_text": "text", "encode_images": "encoded", **{name: module for module, name in STEPS.values()}}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from functools import cached_property
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from outrider_runtimes.errors import FormatError, InferenceError, InputError
 from outrider_runtimes.tensors import Array, Finite, Interface, Shape, Tensors, TensorSpec, check_named
 
+MAX_DECODED_PIXELS = 2**27  # of all images of a call: 400 MB with three channels
+
 Specs = Mapping[str, TensorSpec]
-Shapes = Mapping[str, tuple[int, ...]]  # of the caller's inputs, by name
+Shapes = Mapping[str, tuple[int, ...]]  # of the caller's inputs, by name; of an encoded image, the image's
 CallerShapes = Mapping[str, Shape]  # the same as far as an interface fixes them
 
 
@@ -52,6 +56,21 @@ class Step(Protocol):
         ...
 
 
+@runtime_checkable
+class Decoder(Step, Protocol):
+    """A step that takes a caller's files apart: what a later step undoes was done to what is in them."""
+
+    tensor: str
+
+    def image_shape(self, shape: Shape) -> Shape:
+        """What is in the file, from the shape of its bytes, as far as it is known before a call."""
+        ...
+
+    def sizes(self, rows: Array) -> tuple[int, ...]:
+        """The shape of what is in the files of a call. Raises InputError."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Processing:
     """What is done to the caller's inputs before the network, and to its outputs after it.
@@ -73,22 +92,39 @@ class Processing:
             finite: what becomes of values that the steps made and that are not finite; see ``tensors.check_inputs``.
 
         Raises:
-            InputError: a step cannot work on these values, or what it made is not what the network takes.
+            InputError: a step cannot work on these values, the files of the call hold more than is decoded at once, or
+                what was made is not what the network takes.
         """
         if not self.before:
             return dict(inputs)
-        tensors = run_steps(self.before, inputs, shapes_of(inputs))
+        shapes = self.shapes_of(inputs)
+        for step in self._decoders:
+            _check_decoded(step.tensor, shapes[step.tensor])
+        tensors = run_steps(self.before, inputs, shapes)
         try:
             return check_named(interface.network, tensors, finite=finite)
         except InputError as error:
             raise InputError(f"after preprocessing: {error}", tensor=error.tensor) from None
 
-    def finish(self, outputs: Tensors, shapes: Shapes) -> dict[str, Array]:
-        """The caller's outputs, by name, from the network's. Raises InferenceError."""
+    def finish(self, outputs: Tensors, inputs: Tensors) -> dict[str, Array]:
+        """The caller's outputs, by name, from the network's and the caller's inputs. Raises InferenceError."""
+        if not self.after:
+            return dict(outputs)
         try:
-            return run_steps(self.after, outputs, shapes)
+            return run_steps(self.after, outputs, self.shapes_of(inputs))
         except InputError as error:
             raise InferenceError(f"postprocessing: {error}", hint=error.hint) from None
+
+    def shapes_of(self, inputs: Tensors) -> Shapes:
+        """The shapes of the caller's inputs, by name; of an encoded image, the image's. Raises InputError."""
+        shapes = shapes_of(inputs)
+        for step in self._decoders:
+            shapes[step.tensor] = step.sizes(inputs[step.tensor])
+        return shapes
+
+    @cached_property
+    def _decoders(self) -> tuple[Decoder, ...]:
+        return tuple(step for step in self.before if isinstance(step, Decoder))
 
     def to_dict(self) -> dict[str, Any]:
         """As the manifest stores it, among the keys of ``interface``."""
@@ -119,7 +155,7 @@ def around(
     """
     if not before and not after:
         return network
-    callers = {spec.name: spec.shape for spec in inputs}
+    callers = callers_of(before, inputs)
     made = infer_specs(before, inputs, callers)
     _compare("preprocessing gives", made, network.inputs)
     processing = Processing(before=tuple(before), after=tuple(after), inputs=network.inputs, outputs=network.outputs)
@@ -135,9 +171,18 @@ def check_processing(interface: Interface, processing: Processing) -> None:
     Raises:
         FormatError: they do not.
     """
-    callers = {spec.name: spec.shape for spec in interface.inputs}
+    callers = callers_of(processing.before, interface.inputs)
     _compare("preprocessing gives", infer_specs(processing.before, interface.inputs, callers), processing.inputs)
     _compare("postprocessing gives", infer_specs(processing.after, processing.outputs, callers), interface.outputs)
+
+
+def callers_of(before: Iterable[Step], inputs: Iterable[TensorSpec]) -> CallerShapes:
+    """The shapes of the caller's inputs as steps see them: of an encoded image, the image's."""
+    shapes = {spec.name: spec.shape for spec in inputs}
+    for step in before:
+        if isinstance(step, Decoder) and step.tensor in shapes:
+            shapes[step.tensor] = step.image_shape(shapes[step.tensor])
+    return shapes
 
 
 def infer_specs(steps: Iterable[Step], specs: Iterable[TensorSpec], callers: CallerShapes) -> list[TensorSpec]:
@@ -171,11 +216,23 @@ def shapes_of(tensors: Tensors) -> dict[str, tuple[int, ...]]:
     return {name: array.shape for name, array in tensors.items()}
 
 
+def _check_decoded(name: str, shape: tuple[int, ...]) -> None:
+    """The heads of files say what is in them; a few kB may be an image of 50 MB."""
+    pixels = math.prod(shape[:-1])
+    if pixels > MAX_DECODED_PIXELS:
+        raise InputError(
+            f"{name!r}: {shape[0]} images of {shape[1]} x {shape[2]} pixels, at most {MAX_DECODED_PIXELS} pixels are "
+            "decoded in a call",
+            tensor=name,
+            hint="fewer images in a call",
+        )
+
+
 def _compare(what: str, given: Sequence[TensorSpec], wanted: Sequence[TensorSpec]) -> None:
     if [spec.name for spec in given] != [spec.name for spec in wanted]:
         raise FormatError(f"{what} {[spec.name for spec in given]}, expected {[spec.name for spec in wanted]}")
     for one, other in zip(given, wanted, strict=True):
-        for key in ("dtype", "shape", "axes"):
+        for key in ("dtype", "shape", "axes", "content_type"):
             mine, theirs = getattr(one, key), getattr(other, key)
             if mine != theirs:
                 raise FormatError(f"{what} {one.name!r} with {key} {_shown(mine)}, expected {_shown(theirs)}")

@@ -12,6 +12,7 @@ from outrider_runtimes.errors import FormatError
 from outrider_runtimes.processing.base import CallerShapes, Shapes, Specs, spec_named
 from outrider_runtimes.processing.fields import Axis, Name, StoredStep, Whole
 from outrider_runtimes.processing.specs import inner_axis, need_dtype, replaced
+from outrider_runtimes.scores import softmax
 from outrider_runtimes.tensors import Array, TensorSpec
 
 FLOATS = ("float32", "float16", "float64")
@@ -41,10 +42,7 @@ class Softmax(StoredStep):
     def apply(self, tensors: Mapping[str, Array], shapes: Shapes) -> dict[str, Array]:
         """See ``Step``."""
         x = tensors[self.tensor]
-        powers = _wide(x)
-        powers = np.exp(powers - powers.max(axis=self.axis, keepdims=True))
-        powers /= powers.sum(axis=self.axis, keepdims=True)
-        return {**tensors, self.tensor: powers.astype(x.dtype, copy=False)}
+        return {**tensors, self.tensor: softmax(_wide(x), axis=self.axis).astype(x.dtype, copy=False)}
 
 
 @dataclass(frozen=True, kw_only=True)

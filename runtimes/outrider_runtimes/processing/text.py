@@ -13,6 +13,7 @@ import numpy as np
 from outrider_runtimes.errors import FormatError, InputError
 from outrider_runtimes.processing.base import CallerShapes, Shapes, Specs
 from outrider_runtimes.processing.fields import Choice, Flag, Many, Name, StoredStep, Text, Whole
+from outrider_runtimes.processing.rows import padded
 from outrider_runtimes.processing.specs import laid_out, need_dtype
 from outrider_runtimes.tensors import Array, TensorSpec
 
@@ -39,15 +40,13 @@ def encode_text(texts: Sequence[str], length: int | None = None) -> Array:
     """
     rows = [text.encode() for text in texts]
     size = max([1, *map(len, rows)]) if length is None else length
-    made = np.zeros((len(rows), size), np.uint8)
     for number, row in enumerate(rows):
         if len(row) > size or 0 in row:
             raise InputError(
                 f"text {number} has {len(row)} bytes of UTF-8, expected at most {size} and none of zero",
                 hint="cut it before the call",
             )
-        made[number, : len(row)] = np.frombuffer(row, np.uint8)
-    return made
+    return padded(rows, size)
 
 
 @dataclass(frozen=True, kw_only=True)
