@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outrider.admission import Admission, Choice, Measured, Skipped, remember, remembered
+from outrider.admit.admission import Admission, Choice, Measured, Skipped, remember, remembered
 from outrider.bundle import Trust, find_trust
 from outrider.store import Installed, Store, find_state_dir
 from outrider_runtimes.errors import StoreError
+from outrider_runtimes.options import require_kind
 
 if TYPE_CHECKING:
-    from outrider.supervise import Limits
+    from outrider.admit.supervise import Limits
 
 TRIAL_CALLS = 20  # that a bundle owes which replaces another one, before it has proven itself
 
@@ -30,6 +31,8 @@ class InstallReport:
             the engines nor the board have changed since.
         choice: the variant, engine and threads that ``load`` takes.
         measured: the grid that the choice comes from.
+        batches: what several rows in one call of the choice take, a ``BatchCurve`` as JSON has it; None where an
+            earlier version installed it.
         skipped: engines, and variants on engines, that could not be tried, and why.
         engines: version by name of the engines that were tried.
         board: what the board was.
@@ -47,6 +50,7 @@ class InstallReport:
     engines: Mapping[str, str]
     board: Mapping[str, Any]
     peak_rss_bytes: int
+    batches: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -68,7 +72,7 @@ def install(
         path: the ``.outrider`` file.
         trust: which keys may sign: a ``.pub`` file, a folder of them, or a Trust; see ``find_trust`` for the default.
         state: the state directory; see ``find_state_dir`` for the default.
-        limits: what the first run may use; see ``outrider.admit.default_limits``.
+        limits: what the first run may use; see ``outrider.admit.admit.default_limits``.
 
     Raises:
         BundleError: the file is not a sound bundle, or no trusted key signed it.
@@ -76,8 +80,11 @@ def install(
         NoEngine: no engine here runs any of its variants.
         StoreError: it is older than what is installed, or the state directory cannot be written.
     """
-    from outrider.admit import admit
+    from outrider.admit.admit import admit
+    from outrider.admit.supervise import Limits
 
+    require_kind("path", path, (str, Path), "the path of a bundle")
+    require_kind("limits", limits, (Limits, type(None)), "Limits, or None")
     root = find_state_dir(state)
     store = Store(root)
     with store.add(path, find_trust(trust, root)) as staged:
@@ -102,7 +109,12 @@ def rollback(name: str, *, state: str | Path | None = None) -> InstallReport:
         NotInstalled: there is none of that name, or nothing to go back to.
         StoreError: what it would go back to was damaged; nothing changed.
     """
-    installed = Store(find_state_dir(state)).rollback(name)
+    require_kind("name", name, (str,), "that of an installed bundle")
+    store = Store(find_state_dir(state))
+    good = store.last_good(name)
+    if good is not None:
+        remembered(good.choice)  # first: what could not be loaded is not gone back to
+    installed = store.rollback(name)
     return _report(installed, remembered(installed.choice)[0], admitted=False)
 
 
@@ -112,9 +124,26 @@ def _current(store: Store, digest: str) -> Installed | None:
     return None
 
 
+def admissions_of(installed: Installed) -> tuple[Admission, ...]:
+    """What its installs here showed, the latest first, read whole. Raises StoreError where any of it is damaged."""
+    from outrider.admit.curve import BatchCurve
+
+    found = remembered(installed.choice)
+    variants = {variant.name for variant in installed.manifest.variants}
+    for admission in found:
+        if strange := {row.variant for row in admission.measured} - variants:
+            raise StoreError(
+                f"what the store kept of an install names a variant {min(strange)!r}, which {installed.name!r} has not",
+                hint="install again",
+            )
+        if admission.batches is not None:
+            BatchCurve.from_dict(admission.batches)
+    return found
+
+
 def _admissions(installed: Installed) -> tuple[Admission, ...]:
     with suppress(StoreError):
-        return remembered(installed.choice)
+        return admissions_of(installed)
     return ()
 
 
@@ -131,4 +160,5 @@ def _report(installed: Installed, admission: Admission, *, admitted: bool) -> In
         engines=admission.engines,
         board=admission.board,
         peak_rss_bytes=admission.peak_rss_bytes,
+        batches=admission.batches,
     )

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from outrider.opening import Opened
 from outrider.serving import Serving
@@ -134,13 +136,19 @@ def _down(standing: Standing, rules: Rules, now_s: float) -> Standing:
     return replace(standing, rung=standing.rung + 1, cool_since_s=None, hold_s=hold_s)
 
 
-def check_ladder(variants: Sequence[str], latency_ms: float | None) -> None:
+def check_ladder(variants: Any, latency_ms: Any) -> None:
     """Raises ConfigError for a ladder that cannot be climbed."""
-    if isinstance(variants, str) or len(variants) < 2 or len(set(variants)) != len(variants):
-        raise ConfigError(f"ladder is {variants!r:.80}, expected two variants or more, the best one first")
-    if latency_ms is None or not latency_ms > 0:
+    named = isinstance(variants, (list, tuple)) and all(isinstance(each, str) for each in variants)
+    if not named or len(variants) < 2 or len(set(variants)) != len(variants):
         raise ConfigError(
-            f"a ladder needs latency_ms, what a call may take; it is {latency_ms!r:.40}", hint="latency_ms=20.0"
+            f"ladder is {variants!r:.80}, expected two variants or more, the best one first",
+            hint="a list of their names, each once",
+        )
+    number = isinstance(latency_ms, Real) and not isinstance(latency_ms, bool)
+    if not number or not 0 < latency_ms < math.inf:
+        raise ConfigError(
+            f"a ladder needs latency_ms, what a call may take, a number above 0; it is {latency_ms!r:.40}",
+            hint="latency_ms=20.0",
         )
 
 
@@ -214,8 +222,13 @@ class Ladder:
             self._taken_ms.clear()
             return
         self._standing = standing
-        old = self._serving.replace(opened, kind=step.kind, reason=step.reason, keep=self._resident)
-        if old is not None:
+        old = self._serving.replace(
+            opened, kind=step.kind, reason=step.reason, keep=self._resident, expected=self._bundle
+        )
+        if old is None:  # closed, or rolled back while the variant was loaded
+            self._ended.set()
+            return
+        if self._resident:
             self._kept[before.rung] = old
         self._taken_ms.clear()
         log.warning("%s: %s to %s: %s", opened.info.name, step.kind, opened.served.variant, step.reason)

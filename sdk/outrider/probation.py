@@ -12,12 +12,13 @@ import statistics
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from outrider.admission import Choice
+from outrider.admit.admission import Choice
+from outrider.admit.trial import Refused, any_nan, check_golden
 from outrider.bundle import load_golden
 from outrider.opening import Opened
 from outrider.serving import Change
-from outrider.store import Installed, Mark, Store
-from outrider.trial import Refused, any_nan, check_golden
+from outrider.store import Installed, Store
+from outrider.store.marks import Mark
 from outrider_runtimes.bound import BoundSession
 from outrider_runtimes.errors import AdmissionError, ModelLoadError, NotInstalled, OutriderError, StoreError
 from outrider_runtimes.runner import Answer, Served
@@ -62,16 +63,23 @@ def begin(
 ) -> tuple[Opened, Probation | None, list[Change]]:
     """Open a bundle that is on trial; or what was good before, where this one fails at that.
 
+    Where a trial cannot be recorded (the disk is full or read-only), what was good before serves, and the bundle stays
+    on trial for later: untried and uncounted it could kill one process after the other.
+
     Returns:
         What serves; its trial, where that goes on; and the rollback, where there was one.
 
     Raises:
         OutriderError: as ``open_``, where there is no way back.
     """
-    trial = store.trial(installed.name, installed.digest)
-    if trial is not None and trial.strikes >= STRIKES:
-        return _gone_back(store, installed, open_, open_good, f"{trial.strikes} processes died inside its first calls")
-    mark = store.mark(installed.digest)
+    try:
+        trial = store.trial(installed.name, installed.digest)
+        strikes = 0 if trial is None else trial.strikes
+        mark = store.mark(installed.digest) if strikes < STRIKES else None
+    except StoreError as error:
+        return _not_tried(store, installed, open_, open_good, error), None, []
+    if mark is None:
+        return _gone_back(store, installed, open_, open_good, f"{strikes} processes died inside its first calls")
     try:
         opened, why = _opened(mark, installed, open_)
     except BaseException:
@@ -101,15 +109,42 @@ def _opened(mark: Mark, installed: Installed, open_: Open) -> tuple[Opened | Non
     return None, why
 
 
+def _not_tried(store: Store, installed: Installed, open_: Open, open_good: Open, why: StoreError) -> Opened:
+    version = installed.manifest.version
+    good = _whole_good(store, installed.name)
+    if good is not None:
+        was = good.manifest.version
+        try:
+            opened = open_good(good)
+        except OutriderError as error:
+            log.warning("%s version %d cannot serve in the place of %d: %s", installed.name, was, version, error)
+        else:
+            log.warning("%s: version %d serves: %d cannot be tried: %s", installed.name, was, version, why)
+            return opened
+    log.warning("%s: version %d serves, and its first calls are not counted: %s", installed.name, version, why)
+    return open_(installed)
+
+
+def _whole_good(store: Store, name: str) -> Installed | None:
+    """What was good before, if it is whole; nothing is written."""
+    with suppress(StoreError):
+        return store.last_good(name, hashed=True)
+    return None
+
+
 def _gone_back(
     store: Store, installed: Installed, open_: Open, open_good: Open, why: str
 ) -> tuple[Opened, Probation | None, list[Change]]:
     version = installed.manifest.version
     try:
         good = store.rollback(installed.name, failed=installed.digest)
-    except (StoreError, NotInstalled) as error:
-        log.error("%s version %d: %s; there is no way back: %s", installed.name, version, why, error)
-        return open_(installed), None, []
+    except StoreError as error:
+        found = _whole_good(store, installed.name)
+        if found is None:
+            log.error("%s version %d: %s; there is no way back: %s", installed.name, version, why, error)
+            return open_(installed), None, []
+        log.error("%s: the rollback cannot be recorded, so the next start does it again: %s", installed.name, error)
+        good = found
     log.warning("%s: rolled back from version %d to %d: %s", installed.name, version, good.manifest.version, why)
     opened = open_good(good)
     before = Served(variant="", engine="", bundle=installed.digest, verified=installed.verified)

@@ -14,17 +14,25 @@ from outrider_runtimes.errors import FormatError, OutriderError, UnsupportedBund
 Json = Mapping[str, Any]
 T = TypeVar("T")
 
+MAX_WORDS = 600  # of an error that quotes what it found
+
 
 def wrapped(at: str, make: Callable[[], T]) -> T:
     """What other rooms parse, with every way in which odd JSON can break them turned into one error."""
     try:
         return make()
     except UnsupportedBundle as error:
-        raise UnsupportedBundle(f"manifest: {at}: {error}", hint=error.hint) from None
+        raise UnsupportedBundle(f"manifest: {at}: {_cut(error)}", hint=error.hint) from None
     except FormatError as error:
-        raise FormatError(f"manifest: {at}: {error}", hint=error.hint) from None
+        raise FormatError(f"manifest: {at}: {_cut(error)}", hint=error.hint) from None
     except (OutriderError, KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        raise FormatError(f"manifest: {at}: malformed: {error!r}") from None
+        raise FormatError(f"manifest: {at}: malformed: {_cut(repr(error))}") from None
+
+
+def _cut(text: object) -> str:
+    """An error's words without a whole manifest in them."""
+    words = str(text)
+    return words if len(words) <= MAX_WORDS else f"{words[:MAX_WORDS]}..."
 
 
 def keyed(owner: Json, key: str, names: Sequence[str], at: str) -> Json:
@@ -102,6 +110,14 @@ def get_integer(data: Json, key: str, least: int, most: int, at: str = "") -> in
         raise FormatError(f"manifest: {where}: expected an integer, not {_kind(value)}")
     if not least <= value <= most:
         raise FormatError(f"manifest: {where}: {value} is not within {least} to {most}")
+    return value
+
+
+def get_flag(data: Json, key: str) -> bool:
+    """True or false under ``key``; false where it is missing."""
+    value = data.get(key, False)
+    if type(value) is not bool:
+        raise FormatError(f"manifest: {key}: expected true or false, not {_kind(value)}")
     return value
 
 

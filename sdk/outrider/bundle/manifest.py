@@ -14,6 +14,7 @@ from outrider.bundle.fields import (
     Json,
     as_object,
     check_distinct,
+    get_flag,
     get_integer,
     get_list,
     get_mapping,
@@ -107,6 +108,7 @@ class Manifest:
     raw: bytes = field(repr=False)
     golden_data: Json = field(repr=False)
     offload: OffloadRule | None = None
+    cloud_only: bool = False
 
     @cached_property
     def digest(self) -> str:
@@ -180,6 +182,7 @@ def parse_manifest(raw: bytes, *, known: bool = False) -> Manifest:
         members=members,
         provenance=get_mapping(data, "provenance") if "provenance" in data else {},
         offload=_parse_offload(data, interface, variants) if "offload" in data else None,
+        cloud_only=get_flag(data, "cloud_only"),
         raw=raw,
         golden_data=get_mapping(data, "golden"),
     )

@@ -15,6 +15,7 @@ from outrider.bundle.files import create_file
 from outrider.bundle.limits import SIGNATURE_SIZE_BYTES
 from outrider_runtimes.errors import BundleError, FormatError, IntegrityError, TrustError
 from outrider_runtimes.nouns import dataclass
+from outrider_runtimes.options import require_kind
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -114,7 +115,7 @@ def save_keypair(directory: Path, name: str, key: Ed25519PrivateKey | None = Non
         BundleError: one of the files exists or cannot be written; what was there is untouched.
     """
     if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
-        raise BundleError(f"{name!r} is not a file name for a key")
+        raise BundleError(f"{name!r} is not a file name for a key", hint="a name such as release, without a folder")
     _need_cryptography()
     from cryptography.hazmat.primitives import serialization
 
@@ -215,9 +216,11 @@ def find_trust(
 
     Raises:
         TrustError: what was named is not there, holds no key or cannot be read.
+        ConfigError: it is no path.
     """
     if isinstance(trust, Trust):
         return trust
+    require_kind("trust", trust, (str, Path, type(None)), "a Trust, the path of a .pub file or of a folder of them")
     named = environ.get("OUTRIDER_TRUST") or None if trust is None else trust
     if named is not None:
         found = Trust.load(named)

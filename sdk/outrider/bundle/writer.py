@@ -58,6 +58,7 @@ def write_bundle(
     provenance: Mapping[str, Any],
     signing_keys: Sequence[Ed25519PrivateKey] = (),
     offload: OffloadRule | None = None,
+    cloud_only: bool = False,
 ) -> str:
     """Write a bundle. Equal arguments give equal bytes.
 
@@ -67,6 +68,7 @@ def write_bundle(
         provenance: free JSON: where this comes from.
         signing_keys: each signs, in this order.
         offload: which answers are uncertain.
+        cloud_only: its task belongs to the cloud; the board's answer is a stopgap.
 
     Returns:
         The digest: sha256 of the manifest in hex.
@@ -87,6 +89,7 @@ def write_bundle(
             "members": [_describe(key, members[key]).to_dict() for key in sorted(members)],
             "provenance": dict(provenance),
             **({} if offload is None else {"offload": offload.to_dict()}),
+            **({"cloud_only": True} if cloud_only else {}),
         }
     )
     manifest = parse_manifest(raw)

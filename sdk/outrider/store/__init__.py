@@ -7,8 +7,7 @@ is whole: blobs are on disk before the one rename that makes them count.
 from __future__ import annotations
 
 from outrider.store.blobs import Installed
-from outrider.store.marks import Mark
 from outrider.store.state import find_state_dir
 from outrider.store.store import Staged, Store
 
-__all__ = ["Installed", "Mark", "Staged", "Store", "find_state_dir"]
+__all__ = ["Installed", "Staged", "Store", "find_state_dir"]

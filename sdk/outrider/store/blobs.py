@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from outrider.bundle import Manifest, Signature
 from outrider_runtimes.errors import BundleError, StoreError
@@ -78,16 +80,25 @@ def builds_of(root: Path) -> Path:
     return root / "built"
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read it, and nothing else: a pipe in its place would be waited for. Raises StoreError, OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise StoreError(f"{path} is not a regular file", hint="remove it, then install the bundle again")
+    return os.fdopen(descriptor, "rb")
+
+
 def is_whole(path: Path, sha256: str) -> bool:
     """Whether a blob is there and has the hash that its name says. Reads all of it."""
     import hashlib
 
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while piece := file.read(1 << 20):
                 digest.update(piece)
-    except FileNotFoundError:
+    except (FileNotFoundError, StoreError):
         return False
     return digest.hexdigest() == sha256
 
@@ -101,9 +112,9 @@ def size_of(path: Path) -> int:
 
 
 def read_bounded(path: Path, limit_bytes: int) -> bytes:
-    """A file of at most so many bytes. Raises StoreError for a longer one or none."""
+    """A file of at most so many bytes. Raises StoreError for a longer one, none, or what is no file."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(limit_bytes + 1)
     except FileNotFoundError:
         raise StoreError(f"{path} is missing from the store", hint=REINSTALL) from None

@@ -22,8 +22,12 @@ class Mark:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._path = folder / os.urandom(8).hex()
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        os.write(self._descriptor, _OUTSIDE + digest.encode())
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            os.write(self._descriptor, _OUTSIDE + digest.encode())
+        except OSError:
+            self.release()
+            raise
 
     def inside(self, yes: bool) -> None:
         """Say whether a call of the bundle runs now."""
@@ -39,9 +43,14 @@ class Mark:
 
 
 def died_inside(folder: Path, digest: str) -> int:
-    """How many processes died inside a call of that bundle; what dead processes left is removed."""
+    """How many processes died inside a call of that bundle; what dead processes left is removed.
+
+    What is no file is no mark, whoever put it there.
+    """
     died = 0
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.is_symlink() or not path.is_file():
+            continue
         with suppress(FileNotFoundError):
             died += _left_by_the_dead(path) == _INSIDE + digest.encode()
     return died

@@ -15,6 +15,7 @@ from outrider_runtimes.nouns import dataclass
 RECORD_FORMAT = 1
 # A record lists at most two bundles of 1,024 members; far more than this is no record of ours.
 MAX_RECORD_SIZE_BYTES = 4 << 20
+MAX_FAILED = 8  # digests that are remembered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,13 @@ class Record:
     def blobs(self) -> frozenset[str]:
         """All that must stay."""
         return self.current.blobs | (self.last_good.blobs if self.last_good else frozenset())
+
+    def gone_back(self, failed: str = "") -> Record:
+        """What stands there after a rollback. Raises ValueError where there is no last good one."""
+        if self.last_good is None:
+            raise ValueError("there is nothing to go back to")
+        failures = (*self.failed, failed)[-MAX_FAILED:] if failed else self.failed
+        return Record(current=self.last_good, last_good=None, failed=failures)
 
     def to_json(self) -> bytes:
         """The bytes of the record. Raises StoreError for a choice that is not JSON."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,16 +24,14 @@ from outrider.store.blobs import (
     read_bounded,
     size_of,
 )
-from outrider.store.marks import Mark, died_inside
 from outrider.store.records import MAX_RECORD_SIZE_BYTES, Entry, Record, Trial
-from outrider.store.state import system_errors
+from outrider.store.state import NO_SPACE, system_errors
 from outrider_runtimes.errors import NotInstalled, OutriderError, StoreError
 
 if TYPE_CHECKING:
     from outrider.bundle import Bundle
+    from outrider.store.marks import Mark
     from outrider.store.staging import Staging
-
-MAX_FAILED = 8  # digests that are remembered
 
 
 class Staged:
@@ -76,6 +73,7 @@ class Store:
         self.root = root
         self._blobs = root / "blobs" / "sha256"
         self._names = root / "names"
+        self._back = root / "back"
         self._tmp = root / "tmp"
         self._marks = root / "marks"
 
@@ -124,7 +122,9 @@ class Store:
             old = self._record(manifest.name)
             _refuse_downgrade(manifest, old)
             record = self._next(staged.bundle, old, choice, trial_calls)
-            self._write(manifest.name, record)
+            if record.last_good is not None:
+                self._write(self._back, manifest.name, record.gone_back(record.current.digest))
+            self._write(self._names, manifest.name, record)
             staged._staging.release()
             self._sweep()
             return self._load(manifest.name, record.current)
@@ -143,13 +143,15 @@ class Store:
     def rollback(self, name: str, *, failed: str = "") -> Installed:
         """Go back to what was current before, once; its members are hashed again first.
 
+        Where there is no space for a record, the one that was written for this at the activation takes its place.
+
         Args:
             name: the bundle's.
             failed: the digest of what did not prove itself; where it is not current any more, nothing happens.
 
         Raises:
             NotInstalled: there is nothing to go back to.
-            StoreError: what it would go back to was damaged; nothing changed.
+            StoreError: what it would go back to was damaged, or the disk cannot be written; nothing changed.
         """
         with system_errors(self.root):
             self._known(name)
@@ -162,14 +164,8 @@ class Store:
                     f"{name!r} has no earlier bundle to go back to", hint="install the bundle that you want instead"
                 )
             installed = self._load(name, record.last_good)
-            for path in sorted(installed.present):
-                if not is_whole(installed.blob_path(path), installed.manifest.member(path).sha256):
-                    raise StoreError(
-                        f"member {path!r} of the earlier {name!r} was damaged in the store; nothing changed",
-                        hint="install a bundle that works instead",
-                    )
-            failures = (*record.failed, failed)[-MAX_FAILED:] if failed else record.failed
-            self._write(name, Record(current=record.last_good, last_good=None, failed=failures))
+            _require_whole(installed)
+            self._go_back(name, record, failed)
             self._sweep()
             return installed
 
@@ -178,13 +174,19 @@ class Store:
         with system_errors(self.root), self._locked():
             record = self._known(name)
             if record.current.digest == digest:
-                self._write(name, replace(record, current=replace(record.current, choice=dict(choice))))
+                changed = replace(record, current=replace(record.current, choice=dict(choice)))
+                self._write(self._names, name, changed)
 
-    def last_good(self, name: str) -> Installed | None:
-        """What ``rollback`` would go back to. Raises as ``installed``."""
+    def last_good(self, name: str, *, hashed: bool = False) -> Installed | None:
+        """What ``rollback`` would go back to; its members are hashed where ``hashed``. Raises as ``installed``."""
         with system_errors(self.root):
             record = self._known(name)
-            return None if record.last_good is None else self._load(name, record.last_good)
+            if record.last_good is None:
+                return None
+            installed = self._load(name, record.last_good)
+            if hashed:
+                _require_whole(installed)
+            return installed
 
     def has_failed(self, name: str, digest: str) -> bool:
         """Whether that bundle was rolled back because it did not prove itself."""
@@ -194,6 +196,8 @@ class Store:
 
     def trial(self, name: str, digest: str) -> Trial | None:
         """The trial that a bundle is on. Processes that died in a call of it since the last look count as strikes."""
+        from outrider.store.marks import died_inside
+
         with system_errors(self.root):
             record = self._known(name)
             if record.trial is None or record.current.digest != digest:
@@ -209,6 +213,8 @@ class Store:
 
     def mark(self, digest: str) -> Mark:
         """This process's mark on a bundle on trial."""
+        from outrider.store.marks import Mark
+
         with system_errors(self.root):
             return Mark(self._marks, digest)
 
@@ -219,7 +225,7 @@ class Store:
             return trial
         left = trial.left - good_calls
         trial = replace(trial, left=left, strikes=trial.strikes + strikes) if left > 0 else None
-        self._write(name, replace(record, trial=trial))
+        self._write(self._names, name, replace(record, trial=trial))
         return trial
 
     def names(self) -> tuple[str, ...]:
@@ -245,12 +251,14 @@ class Store:
             self._sweep()
 
     def _prepare(self) -> None:
-        for folder in (self._blobs, self._names, self._tmp):
+        for folder in (self._blobs, self._names, self._back, self._tmp):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """One process, one thread at a time; the lock goes with the process."""
+        import fcntl  # what has proven itself is loaded without a lock
+
         descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -333,10 +341,23 @@ class Store:
             )
         return record
 
-    def _write(self, name: str, record: Record) -> None:
+    def _write(self, folder: Path, name: str, record: Record) -> None:
         data = record.to_json()
-        with atomic_file(self._names / f"{name}.json", mode=0o600) as file:
+        with atomic_file(folder / f"{name}.json", mode=0o600) as file:
             file.write(data)
+
+    def _go_back(self, name: str, record: Record, failed: str) -> None:
+        """Write the record of a rollback; on a full disk a rename, which takes no space, does it."""
+        prepared = self._back / f"{name}.json"
+        try:
+            self._write(self._names, name, record.gone_back(failed))
+        except OSError as error:
+            if error.errno not in NO_SPACE or not _goes_back_to(prepared, record.last_good):
+                raise
+            prepared.replace(self._names / prepared.name)
+            sync_directory(self._names)
+        else:
+            prepared.unlink(missing_ok=True)
 
     def _load(self, name: str, entry: Entry) -> Installed:
         raw = read_bounded(blob_path_of(self.root, entry.digest), MAX_MANIFEST_SIZE_BYTES)
@@ -363,7 +384,7 @@ class Store:
 
         with suppress(OSError, StoreError):
             keep = {digest for folder in self._tmp.iterdir() for digest in held_by(folder)}
-            for stray in self._names.glob(".*.tmp"):
+            for stray in (*self._names.glob(".*.tmp"), *self._back.glob(".*.tmp")):
                 stray.unlink()
             for name in self.names():
                 record = self._record(name)
@@ -376,6 +397,24 @@ class Store:
             for folder in builds_of(self.root).glob("*"):
                 if folder.name not in keep:
                     remove_tree(folder)
+
+
+def _require_whole(earlier: Installed) -> None:
+    """Raises StoreError where a member of what would be gone back to is not what its hash says."""
+    for path in sorted(earlier.present):
+        if not is_whole(earlier.blob_path(path), earlier.manifest.member(path).sha256):
+            raise StoreError(
+                f"member {path!r} of the earlier {earlier.name!r} was damaged in the store; nothing changed",
+                hint="install a bundle that works instead",
+            )
+
+
+def _goes_back_to(path: Path, last_good: Entry | None) -> bool:
+    """Whether a record that was written beforehand is sound and the one of now."""
+    try:
+        return Record.parse(read_bounded(path, MAX_RECORD_SIZE_BYTES)).current == last_good
+    except (KeyError, TypeError, ValueError, AttributeError, OutriderError):
+        return False
 
 
 def _refuse_downgrade(manifest: Manifest, record: Record | None) -> None:

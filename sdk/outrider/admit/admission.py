@@ -11,6 +11,9 @@ from outrider_runtimes.nouns import dataclass
 
 TIE = 1.01  # medians of some hundred runs that are closer than this are not told apart
 MEMORY_SHARE = 0.05  # of the RAM that two looks at one board may differ in
+MAX_THREADS = 1024  # an engine starts each of them at once; far more take minutes and the machine's memory
+MAX_MS = 1e9  # eleven days
+MAX_WHOLE = 2**63 - 1  # bytes of memory, too: a 32-bit Python's sys.maxsize is less than many a board has
 KEPT = 4  # admissions of one bundle; a board has a service, a shell and little else
 
 
@@ -60,6 +63,8 @@ class Admission:
         board: what the board was.
         peak_rss_bytes: the most memory that the child was seen to hold.
         bound_ms: what the median call may take, where the caller set a bound.
+        batches: what several rows in one call of the choice take, a ``BatchCurve`` as JSON has it, which only an
+            endpoint asks for; None where an earlier version installed it.
     """
 
     choice: Choice
@@ -69,6 +74,7 @@ class Admission:
     board: Mapping[str, Any]
     peak_rss_bytes: int
     bound_ms: float | None = None
+    batches: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As the store keeps it."""
@@ -76,21 +82,74 @@ class Admission:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Admission:
-        """The inverse of ``to_dict``. Raises StoreError."""
+        """The inverse of ``to_dict``. Raises StoreError for what no install would have kept."""
         try:
-            return cls(
+            admission = cls(
                 choice=Choice(**data["choice"]),
                 measured=tuple(Measured(**row) for row in data["measured"]),
                 skipped=tuple(Skipped(**row) for row in data["skipped"]),
                 engines=dict(data["engines"]),
                 board=dict(data["board"]),
-                peak_rss_bytes=int(data["peak_rss_bytes"]),
+                peak_rss_bytes=data["peak_rss_bytes"],
                 bound_ms=data.get("bound_ms"),
+                batches=None if data.get("batches") is None else dict(data["batches"]),
             )
+            _require_sound(admission)
+            return admission
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(
                 f"what the store kept of an install is malformed: {error!r}", hint="install again"
             ) from None
+
+
+def _require_sound(admission: Admission) -> None:
+    """Types and ranges, for a record is a file that anything may have written. Raises ValueError."""
+    choice, measured, memory = admission.choice, admission.measured, admission.board.get("memory_bytes", 0)
+    rows: tuple[Choice | Measured, ...] = (choice, *measured)
+    for row in rows:
+        require_text(row.variant, row.engine)
+        require_whole(row.threads, 1, MAX_THREADS)
+        require_time(row.p50_ms)
+    for each in measured:
+        require_whole(each.runs, 1)
+    for left_out in admission.skipped:
+        require_text(left_out.variant, left_out.engine, left_out.reason)
+    require_text(choice.reason, *admission.engines, *admission.engines.values())
+    require_whole(admission.peak_rss_bytes, 0)
+    require_whole(memory, 0)
+    if admission.bound_ms is not None:
+        require_time(admission.bound_ms)
+    if _cell(choice) not in map(_cell, measured):
+        raise ValueError(f"the choice {_cell(choice)} was not measured")
+
+
+def _cell(row: Choice | Measured) -> tuple[str, str, int]:
+    return row.variant, row.engine, row.threads
+
+
+def require_text(*values: object) -> None:
+    """Raises ValueError for what is no string."""
+    for value in values:
+        if not isinstance(value, str):
+            raise ValueError(f"{value!r:.40} is no text")
+
+
+def require_whole(value: object, least: int, most: int = MAX_WHOLE) -> None:
+    """Raises ValueError for what is no whole number of that range."""
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{value!r:.40} is no whole number from {least} to {most}")
+
+
+def require_time(value: object) -> None:
+    """Raises ValueError for what is no number of milliseconds that a call may take."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= MAX_MS:
+        raise ValueError(f"{value!r:.40} is no time above 0")
+
+
+def batches_of(admission: Admission, choice: Choice) -> Mapping[str, Any] | None:
+    """What was measured of batches, if it was measured of this choice."""
+    found, keys = admission.batches, ("variant", "engine", "threads")
+    return found if found and all(found.get(key) == getattr(choice, key) for key in keys) else None
 
 
 def remember(admission: Admission, earlier: Sequence[Admission] = ()) -> dict[str, Any]:

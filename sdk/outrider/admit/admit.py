@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from outrider.admission import Admission, Choice, Measured, Skipped, choose
+from outrider.admit.admission import Admission, Choice, Measured, Skipped, choose
+from outrider.admit.strangers import broken_strangers
+from outrider.admit.supervise import Ended, Limits, default_rss_bytes, run_child
 from outrider.bundle import Manifest
-from outrider.supervise import Ended, Limits, default_rss_bytes, run_child
 from outrider_runtimes.board import this_board
-from outrider_runtimes.engines import find_engines
+from outrider_runtimes.engines import Engine, find_engines
 from outrider_runtimes.errors import (
     AdmissionAnswer,
     AdmissionCrash,
@@ -26,12 +27,13 @@ from outrider_runtimes.errors import (
     NoEngine,
 )
 
-TRIAL = "outrider.trial"
+TRIAL = "outrider.admit.trial"
 REFUSED = "it was not installed, and what was installed is untouched; export the bundle again"
 _DOING = {
     "load": "being loaded by {engine}",
     "golden": "answering its golden inputs on {engine}",
     "measure": "being timed on {engine}",
+    "batches": "being timed with several rows a call on {engine}",
 }
 
 
@@ -43,6 +45,7 @@ class _Heard:
     measured: list[Measured] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     refused: Mapping[str, str] = field(default_factory=dict)
+    batches: Mapping[str, Any] | None = None
     done: Mapping[str, Any] | None = None
 
     @property
@@ -65,6 +68,8 @@ class _Heard:
             self.measured.append(Measured(**event["measured"]))
         elif "skipped" in event:
             self.skipped.append(Skipped(**event["skipped"]))
+        elif "batches" in event:
+            self.batches = event["batches"]
         elif "refused" in event:
             self.refused = event["refused"]
         elif "done" in event:
@@ -97,8 +102,8 @@ def admit(
         AdmissionError: no variant could be loaded, or one failed on its golden inputs.
         NoEngine: no engine works here that could run any variant; says why, one by one.
     """
-    limits = _with_builds(limits or default_limits(), manifest)
-    left_out: dict[str, str] = {}
+    left_out = {name: f"{cause}; {cure}" for name, (cause, cure) in broken_strangers().items()}
+    limits = _with_builds(limits or default_limits(), manifest, find_engines(left_out=left_out))
     while True:
         heard = _Heard()
         request = {
@@ -130,9 +135,9 @@ def default_limits() -> Limits:
     return Limits(rss_bytes=min(default_rss_bytes(), allowed or sys.maxsize))
 
 
-def _with_builds(limits: Limits, manifest: Manifest) -> Limits:
+def _with_builds(limits: Limits, manifest: Manifest, engines: Sequence[Engine]) -> Limits:
     """The limits with the time that engines of this machine need to build what they run."""
-    builders = [engine for engine in find_engines() if engine.builds]
+    builders = [engine for engine in engines if engine.builds]
     count = sum(variant.format in engine.formats for variant in manifest.variants for engine in builders)
     more_s = limits.build_s * count
     return dataclasses.replace(limits, wall_s=limits.wall_s + more_s, cpu_s=limits.cpu_s + more_s)
@@ -180,6 +185,7 @@ def _admission(manifest: Manifest, members: Mapping[str, Path], heard: _Heard, e
         engines=heard.engines,
         board=heard.board,
         peak_rss_bytes=ended.peak_rss_bytes,
+        batches=heard.batches,
     )
 
 
