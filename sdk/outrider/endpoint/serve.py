@@ -2,165 +2,172 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import signal
-import socket
+import logging
+import os
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outrider_runtimes.errors import ConfigError, MissingExtra
+from outrider_runtimes.errors import MissingExtra
+from outrider_runtimes.worker import WORKER_THREAD
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
     from outrider.bundle import Trust
-    from outrider.endpoint.app import Served
+    from outrider.endpoint.listening import Listening
+    from outrider.endpoint.models import BundleRunner, Models
+    from outrider.endpoint.server import Ready
     from outrider.model import Model
-
-Ready = Callable[[str], None]
-
-# A request takes no longer than app.MAX_TIME_S; whoever waits longer than this for its answer is let go.
-DRAIN_S = 10
-# Longer than a device's usual pause between two requests: a new connection costs it a round trip.
-KEEP_ALIVE_S = 75
-# File descriptors and buffers for one process; further connections get 503.
-MAX_CONNECTIONS = 512
 
 
 def serve(
     paths: Sequence[Path | str],
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
+    listening: Listening | None = None,
     state: Path | str | None = None,
     trust: Path | str | Trust | None = None,
     token: str | None = None,
+    queue: int | None = None,
+    grpc_port: int | None = None,
+    access_log: bool = False,
     ready: Ready | None = None,
-) -> None:
-    """Load bundles and answer requests for them until SIGTERM or SIGINT; then finish what was begun.
+) -> dict[str, Any]:
+    """Load bundles and answer requests for them until SIGTERM, SIGINT or SIGHUP; then finish what was begun.
 
     Args:
-        paths: bundle files or installed names; each is offered under its bundle's name.
-        port: 0 takes any free one.
+        paths: bundle files or installed names; each is offered under its bundle's name and version. Several versions
+            of one name stand side by side, each in a store of its own under the state directory.
+        listening: where; by default port 8000 of this machine alone.
         state, trust: as ``outrider.load`` takes them.
         token: what callers must send as a bearer token; None asks for none.
-        ready: called with the URL when connections are taken.
+        queue: requests that may wait for one model; beyond them the answer is 429. By default ``intake.QUEUE``.
+        grpc_port: speak gRPC too, on this port of the same address; 0 takes any free one. Needs the extra ``[grpc]``.
+        access_log: write a line of JSON to standard error for every request over HTTP.
+        ready: called with the URL, and then with gRPC's where there is one, when connections are taken.
+
+    Returns:
+        Service quality over the whole time, as ``Metrics.quality`` tells it.
 
     Raises:
         BundleError, StoreError, AdmissionError, EngineError: a bundle that cannot be loaded; nothing is served.
-        ConfigError: two bundles of one name, or an address that cannot be listened on.
+        ConfigError: two bundles of one name and version, an address that cannot be listened on, or one beyond this
+            machine that neither a token nor certificates guard.
         MissingExtra: the extra ``[serve]`` is not installed.
     """
     _require_extra()
     from outrider.endpoint.app import build_app
+    from outrider.endpoint.faces import LIMITS
+    from outrider.endpoint.intake import QUEUE, Intake
+    from outrider.endpoint.listening import Listening
+    from outrider.endpoint.server import serve_app
 
+    queue = QUEUE if queue is None else queue
+    intake = Intake(queue=queue, body_bytes=LIMITS.body_bytes)
     with contextlib.ExitStack() as stack:
-        models = [stack.enter_context(_loaded(path, state=state, trust=trust)) for path in paths]
-        serve_app(build_app(served_models(models), token=token), host=host, port=port, ready=ready)
-
-
-def served_models(models: Sequence[Model]) -> dict[str, Served]:
-    """Loaded models by the names of their bundles. Raises ConfigError for two of one name."""
-    from outrider.endpoint.app import Served
-
-    served: dict[str, Served] = {}
-    for model in models:
-        if model.bundle.name in served:
-            raise ConfigError(f"two bundles are named {model.bundle.name!r}", hint="serve one version of each model")
-        served[model.bundle.name] = Served(
-            runner=model,
-            interface=model.interface,
-            bundle=model.bundle.digest,
-            version=model.bundle.version,
-            variant=model.variant,
-            engine=model.engine,
-        )
-    return served
-
-
-def serve_app(app: Starlette, *, host: str, port: int, ready: Ready | None = None) -> None:
-    """Run the application until SIGTERM or SIGINT, in this thread. Raises ConfigError, MissingExtra."""
-    _require_extra()
-    import uvicorn
-
-    from outrider.endpoint.protocol import BoundedProtocol
-
-    listener = _listener(host, port)
-    name = f"[{host}]" if ":" in host else host
-    url = f"http://{name}:{listener.getsockname()[1]}"
-    config = uvicorn.Config(
-        app,
-        http=BoundedProtocol,
-        ws="none",
-        loop="asyncio",
-        lifespan="off",
-        access_log=False,
-        log_config=None,
-        log_level="error",
-        proxy_headers=False,
-        server_header=False,
-        date_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=DRAIN_S,
-    )
-
-    class Server(uvicorn.Server):
-        """uvicorn's, which says when it is ready and does not raise the signal that ended it once more."""
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            if ready is not None:
-                ready(url)
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            with _on_stop(self.handle_exit):
-                yield
-
-    with contextlib.closing(listener):
-        Server(config).run(sockets=[listener])
+        if access_log:
+            stack.enter_context(_access_log())
+        models = stack.enter_context(opened(paths, state=state, trust=trust, queue=queue))
+        app = build_app(models, token=token, intake=intake)
+        listening = listening or Listening()
+        if grpc_port is not None:
+            ready = stack.enter_context(_also_over_grpc(app, replace(listening, port=grpc_port), token, queue, ready))
+        serve_app(app, listening, secured=token is not None, ready=ready)
+        quality: dict[str, Any] = app.state.endpoint.metrics.quality()
+    return quality
 
 
 @contextlib.contextmanager
-def _on_stop(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Call ``handler`` on SIGTERM and SIGINT; only the main thread can be asked to."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+def _also_over_grpc(
+    app: Starlette, listening: Listening, token: str | None, queue: int, ready: Ready | None
+) -> Iterator[Ready]:
+    """Serve gRPC while the block runs; gives what to call when HTTP is ready too."""
+    from outrider.endpoint.grpc_server import GrpcServer
+    from outrider.endpoint.heap import give_back_large_blocks
+
+    give_back_large_blocks()
+    endpoint = app.state.endpoint
+    with GrpcServer(endpoint.models, endpoint.intake, endpoint.metrics, listening, queue=queue, token=token) as server:
+
+        def both(url: str) -> None:
+            if ready is not None:
+                ready(url)
+                ready(f"{'grpc' if listening.tls is None else 'grpcs'}://{listening.address(server.port)}")
+
+        yield both
+
+
+@contextlib.contextmanager
+def opened(
+    paths: Sequence[Path | str], *, state: Path | str | None, trust: Path | str | Trust | None, queue: int
+) -> Iterator[Models]:
+    """The models of ``serve``, batched where that pays, until the block ends. Raises as ``serve`` for bundles."""
+    from outrider.endpoint.batching import batched
+    from outrider.endpoint.places import places
+
+    with contextlib.ExitStack() as stack:
+        models = [
+            stack.enter_context(_loaded(source, where, trust, queue))
+            for source, where in stack.enter_context(places(paths, state=state, trust=trust))
+        ]
+        yield served_models(
+            [stack.enter_context(contextlib.closing(batched(model, queue_size=queue))) for model in models]
+        )
+
+
+def served_models(models: Sequence[BundleRunner]) -> Models:
+    """Loaded models by the names of their bundles. Raises ConfigError for two of one name and version."""
+    from outrider.endpoint.models import Models, Served
+
+    return Models(Served(name=model.bundle.name, runner=model) for model in models)
+
+
+def _loaded(source: Path | str, state: Path, trust: Path | str | Trust | None, queue: int) -> Model:
+    from outrider.model import load
+
+    return load(source, state=state, trust=trust, queue_size=queue)
+
+
+@contextlib.contextmanager
+def _access_log() -> Any:
+    """Lines of the access log on standard error while the block runs."""
+    from outrider.endpoint.calls import access
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    before = access.level, access.propagate
+    access.addHandler(handler)
+    access.setLevel(logging.INFO)
+    access.propagate = False
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        access.removeHandler(handler)
+        access.level, access.propagate = before
 
 
-def _listener(host: str, port: int) -> socket.socket:
-    if not 0 <= port <= 65535:  # getaddrinfo takes it modulo 65536
-        raise ConfigError(f"cannot listen on port {port}", hint="a port is 0 to 65535; 0 takes any free one")
-    try:
-        family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.create_server(where, family=family, backlog=512)
-        # Accepted connections inherit it. asyncio sets it for its own listeners alone, and without it every reply on a
-        # kept connection waits 40 ms for the client's delayed acknowledgement.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return listener
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"cannot listen on {host}:{port}: {reason}", hint="port 0 takes any free port") from None
+def leave_stuck_calls() -> None:
+    """End the process with exit code 0 as soon as it is about to end, where a call is still inside an engine.
+
+    Such a call cannot be interrupted, and one that returns while the interpreter shuts down aborts the process.
+    """
+    if any(thread.name == WORKER_THREAD for thread in threading.enumerate()):
+        atexit.register(_leave)
 
 
-def _loaded(path: Path | str, **options: Any) -> Model:
-    from outrider.model import load
-
-    return load(path, **options)
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _require_extra() -> None:
-    for package in ("uvicorn", "starlette", "httptools"):
+    for package in ("uvicorn", "starlette", "httptools", "prometheus_client"):
         try:
             __import__(package)
         except ImportError:
