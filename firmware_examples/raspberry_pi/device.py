@@ -44,13 +44,8 @@ def answer(hybrid: outrider.Hybrid, row: int, inputs: dict[str, np.ndarray]) -> 
     except outrider.OutriderError as error:
         return {**line, "source": None, "reason": f"{type(error).__name__}: {error}"}
     scores = next(iter(prediction.outputs.values()))
-    return {
-        **line,
-        "label": int(scores[0].argmax()),
-        "source": prediction.source,
-        "reason": prediction.reason,
-        "total_ms": prediction.timing_ms.total,
-    }
+    line |= {"label": int(scores[0].argmax()), "total_ms": prediction.timing_ms.total}
+    return {**line, "source": prediction.source, "reason": prediction.reason}
 
 
 def run(config: Mapping[str, Any], results: TextIO) -> dict[str, Any]:
@@ -75,5 +70,8 @@ def run(config: Mapping[str, Any], results: TextIO) -> dict[str, Any]:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = tomllib.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    with Path(settings["results"]).open("w", encoding="utf-8") as lines:
-        print(json.dumps({"account": run(settings, lines)}))
+    try:
+        with Path(settings["results"]).open("w", encoding="utf-8") as lines:
+            print(json.dumps({"account": run(settings, lines)}))
+    except outrider.OutriderError as error:  # a bundle that is not there, a missing extra: what to do is in its hint
+        sys.exit("\nhint: ".join(filter(None, [f"error: {error}", error.hint])))

@@ -8,14 +8,21 @@ from outrider.telemetry.record import Record
 from outrider.telemetry.spool import Account, Spool
 
 if TYPE_CHECKING:
+    from outrider.telemetry.attachment import Attachment
+    from outrider.telemetry.inputs import InputPolicy
+    from outrider.telemetry.mqtt import Message
     from outrider.telemetry.publisher import Limits
-    from outrider.telemetry.reporter import Level, Reporter, ReporterAccount
+    from outrider.telemetry.reporter import Level, Reporter
     from outrider.telemetry.sink import Sink, SinkCount, StreamCount
+    from outrider.telemetry.writer import ReporterAccount
 
 __all__ = [
     "Account",
+    "Attachment",
+    "InputPolicy",
     "Level",
     "Limits",
+    "Message",
     "Record",
     "Reporter",
     "ReporterAccount",
@@ -26,10 +33,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Attachment": "attachment",
+    "InputPolicy": "inputs",
     "Level": "reporter",
     "Limits": "publisher",
+    "Message": "mqtt",
     "Reporter": "reporter",
-    "ReporterAccount": "reporter",
+    "ReporterAccount": "writer",
     "Sink": "sink",
     "SinkCount": "sink",
     "StreamCount": "sink",

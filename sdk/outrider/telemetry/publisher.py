@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+from outrider.telemetry.attachment import Attachment, Attachments, Outbox
 from outrider.telemetry.mqtt import Broker, Connection, Credentials, Handlers, Message
+from outrider.telemetry.numbers import check_number
 from outrider.telemetry.record import (
+    MAX_BATCH_RECORDS,
     Range,
     State,
     decode_receipt,
@@ -20,13 +23,27 @@ from outrider.telemetry.record import (
     topics,
 )
 from outrider.telemetry.spool import Spool
-from outrider_runtimes.errors import TelemetryError
+from outrider.telemetry.window import DOUBTS, Rate, Window
+from outrider_runtimes.errors import ConfigError, StoreError, TelemetryError
+
+if TYPE_CHECKING:
+    from outrider.spending import Meter
 
 log = logging.getLogger(__name__)
 
 MAX_RECEIPT_TIMEOUT_S: Final = 60.0
 # A failing disk is not asked again at once.
 _READ_RETRY_S: Final = 1.0
+# Of a PUBLISH beside topic and payload, and of the PUBACK.
+_PUBLISH_BYTES: Final = 14
+# Of a batch beside its records, with its topic; and what of the rest the bodies may take, beside number and comma: no
+# record's body is below 120 bytes.
+_BATCH_BYTES: Final = 400
+_BODIES_SHARE: Final = 0.75
+# A batch that is larger than what is left of an hour's or a day's budget waits for the next one: at most so much does.
+_BATCHES_OF_A_BUDGET: Final = 16
+
+DEFAULT_BATCH_RECORDS: Final = 250
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,24 +55,45 @@ class Limits:
         batch_records, batch_bytes: what one message holds at most.
         receipt_timeout_s: after so long without a receipt a batch is sent again; doubles, up to a minute, while
             none comes.
+        bytes_per_s: what a drain may take of the link, on average; None for all of it.
+        max_tries: so often a record alone fails while others come through; then it is set aside. See ``window``.
+
+    Raises:
+        ConfigError: naming the field.
     """
 
     window_batches: int = 8
-    batch_records: int = 250
+    batch_records: int = DEFAULT_BATCH_RECORDS
     batch_bytes: int = 128 * 1024
     receipt_timeout_s: float = 10.0
+    bytes_per_s: float | None = None
+    max_tries: int = 8
+
+    def __post_init__(self) -> None:
+        for name, most in (("window_batches", 20), ("batch_records", MAX_BATCH_RECORDS), ("batch_bytes", 10**6)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ConfigError(f"limits.{name} is {value!r}, expected a whole number from 1 to {most}")
+        check_number("limits.receipt_timeout_s", self.receipt_timeout_s)
+        if self.bytes_per_s is not None:
+            check_number("limits.bytes_per_s", self.bytes_per_s)
+        if isinstance(self.max_tries, bool) or not isinstance(self.max_tries, int) or self.max_tries < DOUBTS:
+            raise ConfigError(f"limits.max_tries is {self.max_tries!r}, expected a whole number of {DOUBTS} or more")
 
 
-@dataclass(kw_only=True, slots=True, eq=False)
-class _Flight:
-    """One batch between the spool and its receipt."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calls:
+    """What the owner of a publisher does; all are called on the connection's thread.
 
-    payload: bytes
-    first_seq: int
-    remaining: set[int]
-    mid: int | None = None
-    sent_at_s: float = 0.0
-    confirmed: bool = False
+    Attributes:
+        receipt: the consumer has these; and up to which number nothing that was sent waits for its receipt.
+        poisoned: a record was set aside: its number, and after how many tries.
+        info: gives what is published on the info topic.
+    """
+
+    receipt: Callable[[tuple[Range, ...], int], None]
+    poisoned: Callable[[int, int], None]
+    info: Callable[[], bytes]
 
 
 class Publisher:
@@ -64,28 +102,36 @@ class Publisher:
     Attributes:
         connection: to the broker.
         confirmed_through: all records up to this number have left the spool, or the broker has confirmed them once.
+        held_back: why nothing is sent although the broker is there; empty where nothing waits for that.
     """
+
+    _spool: Spool  # from ``start`` on
 
     def __init__(
         self,
-        spool: Spool,
         broker: Broker,
         *,
         device: str,
         boot_id: str,
-        on_receipt: Callable[[tuple[Range, ...]], None],
+        calls: Calls,
+        attachments: Sequence[Attachment] = (),
         credentials: Credentials | None = None,
         limits: Limits | None = None,
+        meter: Meter | None = None,
         rng: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.confirmed_through = 0
-        self._spool = spool
         self._device = device
         self._boot_id = boot_id
         self._topics = topics(device)
-        self._on_receipt = on_receipt
+        self._unpaid = ""  # why nothing may be sent
+        self._refused = ""  # why the broker did not take the last batch that it answered
+        self._calls = calls
+        self._info_due = False
+        self._attachments = Attachments(attachments)
+        self._outbox = Outbox()
         self._limits = limits if limits is not None else Limits()
         self._clock = clock
         self._wall_clock = wall_clock
@@ -93,30 +139,57 @@ class Publisher:
         self._looked_through = 0  # nothing above the cursor was there up to this number
         self._read_again_at_s = 0.0
         self._patience_s = self._limits.receipt_timeout_s
-        self._flights: dict[int, _Flight] = {}  # by first_seq; in the order of the stream
+        self._window = Window(size=self._limits.window_batches, max_tries=self._limits.max_tries)
+        self._rate = Rate(self._limits.bytes_per_s, clock=clock)
+        self._meter = meter
+        self._untold_seq: int | None = None  # of a record that was set aside: consumers do not know of the gap yet
         self.connection = Connection(
             broker,
             client_id=f"outrider-{device}",
-            handlers=Handlers(up=self._up, message=self._message, confirmed=self._confirmed, pump=self._pump),
+            handlers=Handlers(
+                up=self._up,
+                down=self._down,
+                message=self._message,
+                confirmed=self._confirmed,
+                refused=self._not_taken,
+                pump=self._pump,
+            ),
             subscriptions=(self._topics.receipt,),
-            will=self._status("offline", reason="lost", wall_s=None),
+            optional_subscriptions=self._attachments.subscriptions,
+            will=lambda: self._status("offline", reason="lost", wall_s=None),
             credentials=credentials,
             rng=rng,
             clock=clock,
         )
 
-    def start(self) -> None:
-        """Begin to connect and to send."""
+    @property
+    def held_back(self) -> str:
+        """See the class."""
+        return self._unpaid or self._refused
+
+    def start(self, spool: Spool) -> None:
+        """Begin to connect, and to send what is there."""
+        self._spool = spool
         self.connection.start()
 
     def wake(self) -> None:
         """There is something new in the spool. From any thread."""
         self.connection.wake()
 
+    def post(self, message: Message) -> bool:
+        """Send a message beside the records. From any thread; False when too many wait."""
+        taken = self._outbox.offer(message)
+        self.connection.wake()
+        return taken
+
+    def tell_info(self) -> None:
+        """What ``info`` says has changed. From any thread."""
+        self._info_due = True
+        self.connection.wake()
+
     def close(self) -> None:
         """Say goodbye and disconnect. What is under way stays in the spool."""
-        farewell = self._status("offline", reason="closed", wall_s=self._wall_clock())
-        if not self.connection.close(farewell):
+        if not self.connection.close(lambda: self._status("offline", reason="closed", wall_s=self._wall_clock())):
             log.warning("%s: the connection's thread did not end in time", self.connection.broker)
 
     def _status(self, state: State, *, reason: str, wall_s: float | None) -> Message:
@@ -127,66 +200,126 @@ class Publisher:
 
     def _up(self) -> None:
         self.connection.publish(self._status("online", reason="connected", wall_s=self._wall_clock()))
-        for flight in self._flights.values():
-            flight.mid = None
+        self._refused = ""
+        self._window.up()
         self._patience_s = self._limits.receipt_timeout_s
+        self._info_due = True
+        self._outbox.up()
+        self._attachments.up()
+
+    def _down(self) -> None:
+        self._window.lost()
+        self._set_aside()
 
     def _pump(self) -> None:
         now = self._clock()
-        self._send_again(now)
-        while len(self._flights) < self._limits.window_batches and self._spool.last_seq > self._looked_through:
-            flight = self._load(now)
-            if flight is None:
+        if self._info_due:
+            self._info_due = False
+            self.connection.publish(Message(topic=self._topics.info, payload=self._calls.info(), retain=True))
+        self._outbox.send(self.connection.publish)
+        if self._window.overdue(now, self._patience_s):
+            most_s = max(MAX_RECEIPT_TIMEOUT_S, self._limits.receipt_timeout_s)
+            self._patience_s = min(self._patience_s * 2, most_s)
+            self._set_aside()
+        while self._send(now) and self._window.has_room() and self._spool.last_seq > self._looked_through:
+            if not self._load(now):
                 break
-            self._flights[flight.first_seq] = flight
-            self._send(flight, now)
         self._note_confirmed()
 
-    def _send_again(self, now: float) -> None:
-        overdue = False
-        for flight in self._flights.values():
-            # Within one connection TCP loses nothing: only what the broker confirmed can lack its receipt for good.
-            late = flight.confirmed and now - flight.sent_at_s >= self._patience_s
-            if flight.mid is None or late:
-                overdue = overdue or late
-                self._send(flight, now)
-        if overdue:
-            self._patience_s = min(self._patience_s * 2, max(MAX_RECEIPT_TIMEOUT_S, self._limits.receipt_timeout_s))
+    def _send(self, now: float) -> bool:
+        """Send what is to be sent. False where something of it has to wait."""
+        more = self._untold_seq is None and self._spool.last_seq > self._looked_through
+        for flight in self._window.to_send(more=more):
+            payload = encode_batch(
+                device=self._device, stream=self._spool.stream, after_seq=flight.after_seq, rows=flight.rows
+            )
+            if not self._may_send(len(payload)):
+                return False
+            mid = self.connection.publish(Message(topic=self._topics.records, payload=payload))
+            self._window.sent(flight, mid, now)
+            if mid is None:
+                return False
+        return self._rate.allows()
 
-    def _send(self, flight: _Flight, now: float) -> None:
-        flight.mid = self.connection.publish(Message(topic=self._topics.records, payload=flight.payload))
-        flight.sent_at_s = now
+    def _may_send(self, size_bytes: int) -> bool:
+        if not self._rate.allows():
+            return False
+        size_bytes += len(self._topics.records) + _PUBLISH_BYTES
+        try:
+            self._unpaid = "" if self._meter is None or self._meter.take_bytes(size_bytes) else "the budget is spent"
+        except StoreError as error:
+            log.error("what a message costs cannot be written down: %s", error)
+            self._unpaid = "the budget cannot be written"
+        if self._unpaid:
+            return False
+        self._rate.spend(size_bytes)
+        return True
 
-    def _load(self, now: float) -> _Flight | None:
-        """The next batch of the spool, or None where nothing is waiting or the spool cannot be read now."""
-        if now < self._read_again_at_s:
-            return None
+    def _load(self, now: float) -> bool:
+        """The next batch of the spool into the window. False where nothing is waiting or cannot be read now."""
+        if now < self._read_again_at_s or (self._untold_seq is not None and self._window):
+            return False
         try:
             last_seq = self._spool.last_seq
-            rows = self._spool.claim(
-                self._limits.batch_records, after_seq=self._cursor, max_bytes=self._limits.batch_bytes
-            )
+            rows = self._spool.claim(self._limits.batch_records, after_seq=self._cursor, max_bytes=self._most_bytes())
             if not rows:
                 self._looked_through = last_seq
-                return None
+                return False
         except TelemetryError as error:
             log.error("%s", error)
             self._read_again_at_s = now + _READ_RETRY_S
-            return None
-        payload = encode_batch(device=self._device, stream=self._spool.stream, after_seq=self._cursor, rows=rows)
+            return False
+        # With nothing under way, no number from a record that was set aside up to here waits any more.
+        after_seq = self._cursor if self._untold_seq is None else min(self._cursor, self._untold_seq - 1)
+        self._untold_seq = None
+        self._window.add(rows, after_seq=after_seq)
         self._cursor = self._looked_through = rows[-1].seq
-        return _Flight(payload=payload, first_seq=rows[0].seq, remaining={row.seq for row in rows})
+        return True
+
+    def _most_bytes(self) -> int:
+        """Of the bodies of the next batch: within what the broker said that it takes, what broke no connection, and
+        what a budget covers."""
+        bounds = [self._limits.batch_bytes]
+        if (packet_bytes := self.connection.max_packet_bytes) is not None:
+            bounds.append(_bodies_bytes(packet_bytes))
+        if self._meter is not None and (most_bytes := self._meter.most_bytes) is not None:
+            bounds.append(_bodies_bytes(most_bytes // _BATCHES_OF_A_BUDGET))
+        if self._window.most_bytes is not None:
+            bounds.append(self._window.most_bytes)
+        return min(bounds)
 
     def _confirmed(self, mid: int) -> None:
-        for flight in self._flights.values():
-            if flight.mid == mid:
-                flight.confirmed = True
+        self._outbox.confirmed(mid)
+        if self._window.confirmed(mid):
+            self._refused = ""
+
+    def _not_taken(self, mid: int, reason: str) -> None:
+        """The broker refused a message. A post is lost with that; a batch is sent again, later and later."""
+        self._outbox.confirmed(mid)
+        if self._window.refused(mid):
+            if not self._refused:
+                log.warning("%s: refused a batch of records: %s", self.connection.broker, reason)
+            self._refused = f"the broker refused a batch: {reason}"
 
     def _note_confirmed(self) -> None:
-        waiting = [flight.first_seq for flight in self._flights.values() if not flight.confirmed]
-        self.confirmed_through = waiting[0] - 1 if waiting else self._looked_through
+        waiting = self._window.first_unconfirmed_seq
+        self.confirmed_through = self._looked_through if waiting is None else waiting - 1
 
-    def _message(self, topic: str, payload: bytes) -> None:
+    def _set_aside(self) -> None:
+        """What the window has given up leaves the spool."""
+        for seq, tries in [(poison.seq, poison.tries) for poison in self._window.poisoned]:
+            log.error("record %d did not come through in %d tries while others did: it is set aside", seq, tries)
+            try:
+                self._spool.set_aside(seq)
+            except TelemetryError as error:
+                log.error("%s", error)  # it is in the spool still, and comes again with the next start
+                continue
+            self._untold_seq = seq if self._untold_seq is None else min(seq, self._untold_seq)
+            self._calls.poisoned(seq, tries)
+        self._window.poisoned.clear()
+
+    def _message(self, topic: str, payload: bytes, retained: bool) -> None:
+        self._attachments.message(topic, payload, retained)
         if topic != self._topics.receipt:
             return
         try:
@@ -198,23 +331,12 @@ class Publisher:
             log.info("a receipt for another stream: %s", receipt.stream)
             return
         # Only what was sent in this life of the device counts: a receipt for more than that proves nothing.
-        taken: list[int] = []
-        for flight in list(self._flights.values()):
-            taken.extend(_take(flight.remaining, receipt.ranges))
-            if not flight.remaining:
-                del self._flights[flight.first_seq]
-        if taken:
+        if taken := self._window.take(receipt.ranges):
             self._patience_s = self._limits.receipt_timeout_s
-            self._on_receipt(to_ranges(sorted(taken)))
+            first = self._window.first_seq
+            self._calls.receipt(to_ranges(taken), self._cursor if first is None else first - 1)
 
 
-def _take(remaining: set[int], ranges: tuple[Range, ...]) -> set[int]:
-    """Remove from ``remaining`` what the ranges cover, and give it."""
-    low, high = min(remaining), max(remaining)
-    near = [span for span in ranges if span.first <= high and span.last >= low]
-    if any(first <= low and high <= last for first, last in near):
-        taken = set(remaining)
-    else:
-        taken = {seq for seq in remaining if any(first <= seq <= last for first, last in near)}
-    remaining -= taken
-    return taken
+def _bodies_bytes(message_bytes: int) -> int:
+    """What the records of a message of that size may take."""
+    return max(1, int((message_bytes - _BATCH_BYTES) * _BODIES_SHARE))

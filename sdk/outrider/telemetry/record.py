@@ -12,6 +12,8 @@ import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
+from functools import lru_cache
 from typing import Any, Final, Literal, NamedTuple, NoReturn, cast
 
 from outrider_runtimes import strictjson
@@ -20,6 +22,8 @@ from outrider_runtimes.errors import ConfigError, TelemetryError
 VERSION: Final = 1
 PREDICTION: Final = "prediction"
 EVENT: Final = "event"
+METRICS: Final = "metrics"
+INPUT: Final = "input"
 
 # What one reader must be able to hold for one message; a small board's consumer may be a small board too.
 MAX_RECORD_BYTES: Final = 64 * 1024
@@ -29,6 +33,8 @@ MAX_BATCH_RECORDS: Final = 1000
 MAX_RECORD_DEPTH: Final = 32
 MAX_DEPTH: Final = 64
 MAX_SEQ: Final = 2**63 - 1
+# Kinds whose keys are this package's own.
+_BUILT_HERE: Final = (PREDICTION, METRICS, INPUT)
 
 State = Literal["online", "offline"]
 
@@ -60,11 +66,12 @@ class Record:
     Attributes:
         stream: the spool that it came through, a UUID; made with the spool's file.
         seq: its number in the stream, from 1, strictly increasing; a number that never comes is a lost record.
-        kind: ``prediction`` or ``event``; readers let pass what they do not know.
+        kind: ``prediction``, ``metrics``, ``event`` or ``input``; readers let pass what they do not know.
         boot_id: the boot of the device in which it was made, a UUID.
         wall_s: when, in seconds since 1970 by the device's clock.
         monotonic_s: when, in seconds of the device's monotonic clock; comparable within one ``boot_id``.
         body: what it says, by kind.
+        clock_unsynced: nothing kept the device's clock right, so that ``wall_s`` says nothing.
     """
 
     stream: str
@@ -74,6 +81,7 @@ class Record:
     wall_s: float
     monotonic_s: float
     body: Mapping[str, Any]
+    clock_unsynced: bool = False
 
     @property
     def uuid(self) -> str:
@@ -113,20 +121,22 @@ class Topics:
     """The topics of one device, or of all with ``+`` in its place."""
 
     status: str
+    info: str
     records: str
     receipt: str
 
 
-ALL_DEVICES: Final = Topics(
-    status="outrider/v1/+/status", records="outrider/v1/+/records", receipt="outrider/v1/+/receipt"
-)
+def _topics(device: str) -> Topics:
+    base = f"outrider/v1/{device}"
+    return Topics(status=f"{base}/status", info=f"{base}/info", records=f"{base}/records", receipt=f"{base}/receipt")
+
+
+ALL_DEVICES: Final = _topics("+")
 
 
 def topics(device: str) -> Topics:
     """The topics of ``device``. Raises ConfigError for an id that a topic or a file name cannot hold."""
-    check_device(device)
-    base = f"outrider/v1/{device}"
-    return Topics(status=f"{base}/status", records=f"{base}/records", receipt=f"{base}/receipt")
+    return _topics(check_device(device))
 
 
 def check_device(device: object) -> str:
@@ -139,6 +149,11 @@ def check_device(device: object) -> str:
     return device
 
 
+def holdable(text: str) -> str:
+    """The text as a record can hold it: half of a surrogate pair has no form in it, and is a question mark."""
+    return text.encode(errors="replace").decode()
+
+
 def device_of(topic: str) -> str | None:
     """The device that a topic of this specification belongs to; None for another topic."""
     parts = topic.split("/")
@@ -147,17 +162,27 @@ def device_of(topic: str) -> str | None:
     return None
 
 
-def encode_row(*, kind: str, boot_id: str, wall_s: float, monotonic_s: float, body: Mapping[str, Any]) -> bytes:
+def encode_row(
+    *,
+    kind: str,
+    boot_id: str,
+    wall_s: float,
+    monotonic_s: float,
+    body: Mapping[str, Any],
+    clock_unsynced: bool = False,
+) -> bytes:
     """A record's JSON object without ``stream`` and ``seq``, as the spool stores it.
 
     Raises:
-        TelemetryError: a value that JSON has no form for, more than MAX_RECORD_BYTES, or deeper than MAX_RECORD_DEPTH.
+        TelemetryError: a value that JSON has no form for, more than MAX_RECORD_BYTES, deeper than MAX_RECORD_DEPTH,
+            keys that are one and the same in JSON, or an event whose name is no string.
     """
-    fields = {
+    fields: dict[str, Any] = {
         "kind": kind,
         "boot_id": boot_id,
         "wall_s": round(wall_s, 3),
         "monotonic_s": round(monotonic_s, 6),
+        **({"clock_unsynced": True} if clock_unsynced else {}),
         "body": body,
     }
     data = _dump(fields, what=f"{kind} record")
@@ -173,7 +198,26 @@ def encode_row(*, kind: str, boot_id: str, wall_s: float, monotonic_s: float, bo
             f"a string of a {kind} record is not Unicode text",
             hint='text.encode(errors="replace").decode() makes it so',
         )
+    if kind not in _BUILT_HERE:
+        _check_own(kind, body, data)
     return data
+
+
+def _check_own(kind: str, body: Mapping[str, Any], data: bytes) -> None:
+    """What a program says in words of its own."""
+    if kind == EVENT and not isinstance(body.get("name", ""), str):
+        raise TelemetryError(f"an event's name is {body['name']!r:.80}, expected a string")
+    if not _has_text_keys(body):  # 1 and "1" are one key in JSON: no reader would take the message
+        try:
+            _load(data, cap=MAX_RECORD_BYTES, what=f"{kind} record")
+        except TelemetryError as error:
+            raise TelemetryError(str(error), hint="use strings as keys") from error
+
+
+def _has_text_keys(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _has_text_keys(inner) for key, inner in value.items())
+    return not isinstance(value, (list, tuple)) or all(map(_has_text_keys, value))
 
 
 def encode_record(record: Record) -> bytes:
@@ -184,8 +228,9 @@ def encode_record(record: Record) -> bytes:
         wall_s=record.wall_s,
         monotonic_s=record.monotonic_s,
         body=record.body,
+        clock_unsynced=record.clock_unsynced,
     )
-    return _with_seq(Row(record.seq, row))
+    return b'{"seq":%d,%b' % (record.seq, row[1:])
 
 
 def decode_record(data: bytes, *, stream: str) -> Record:
@@ -196,7 +241,7 @@ def decode_record(data: bytes, *, stream: str) -> Record:
 def encode_batch(*, device: str, stream: str, after_seq: int, rows: Sequence[Row]) -> bytes:
     """One message of records; ``rows`` in rising order of seq."""
     head = _dump({"v": VERSION, "device": device, "stream": stream, "after_seq": after_seq}, what="batch")
-    return head[:-1] + b',"records":[' + b",".join(map(_with_seq, rows)) + b"]}"
+    return head[:-1] + b',"records":[' + b",".join([b'{"seq":%d,%b' % (seq, body[1:]) for seq, body in rows]) + b"]}"
 
 
 def decode_batch(data: bytes) -> Batch:
@@ -213,12 +258,14 @@ def decode_batch(data: bytes) -> Batch:
         _refuse("batch", "records", f"a list of at most {MAX_BATCH_RECORDS} records", type(items).__name__)
     records: list[Record] = []
     malformed = 0
+    last_seq = 0
     for item in items:
         try:
             record = _record(item, stream=stream)
-            if records and record.seq <= records[-1].seq:
-                _refuse("record", "seq", f"a number above {records[-1].seq}", record.seq)
+            if record.seq <= last_seq:
+                _refuse("record", "seq", f"a number above {last_seq}", record.seq)
             records.append(record)
+            last_seq = record.seq
         except TelemetryError:
             malformed += 1
     after_seq = fields.get("after_seq")
@@ -263,6 +310,53 @@ def decode_status(data: bytes) -> dict[str, Any]:
     return fields
 
 
+def encode_info(
+    *,
+    device: str,
+    stream: str,
+    boot_id: str,
+    wall_s: float,
+    software: Mapping[str, str],
+    board: Mapping[str, Any],
+    bundles: Sequence[Mapping[str, Any]],
+) -> bytes:
+    """The retained message on a device's info topic."""
+    fields = {
+        "v": VERSION,
+        "device": device,
+        "stream": stream,
+        "boot_id": boot_id,
+        "wall_s": round(wall_s, 3),
+        "software": software,
+        "board": board,
+        "bundles": bundles,
+    }
+    return _dump(fields, what="info")
+
+
+def decode_info(data: bytes) -> dict[str, Any]:
+    """The fields of an info message, checked as far as a reader relies on them. Raises TelemetryError."""
+    fields = _versioned(data, "info")
+    _device(fields, "info")
+    _uuid(fields, "stream", "info")
+    _uuid(fields, "boot_id", "info")
+    for key in ("software", "board"):
+        if not isinstance(fields.get(key), dict):
+            _refuse("info", key, "an object", fields.get(key))
+    bundles = fields.get("bundles")
+    if not isinstance(bundles, list) or not all(isinstance(bundle, dict) for bundle in bundles):
+        _refuse("info", "bundles", "a list of objects", bundles)
+    for bundle in cast("list[dict[str, Any]]", bundles):
+        for key in ("name", "digest", "interface", "variant", "engine"):
+            if not isinstance(bundle.get(key), str):
+                _refuse("info.bundles", key, "a string", bundle.get(key))
+        if isinstance(bundle.get("version"), bool) or not isinstance(bundle.get("version"), int):
+            _refuse("info.bundles", "version", "an integer", bundle.get("version"))
+        if not isinstance(bundle.get("verified"), bool):
+            _refuse("info.bundles", "verified", "true or false", bundle.get("verified"))
+    return fields
+
+
 def to_ranges(seqs: Iterable[int]) -> tuple[Range, ...]:
     """Rising numbers as the fewest ranges.
 
@@ -270,36 +364,67 @@ def to_ranges(seqs: Iterable[int]) -> tuple[Range, ...]:
     (Range(first=1, last=3), Range(first=7, last=7))
     """
     ranges: list[Range] = []
+    first = last = 0
     for seq in seqs:
-        if ranges and seq == ranges[-1].last + 1:
-            ranges[-1] = Range(ranges[-1].first, seq)
-        else:
-            ranges.append(Range(seq, seq))
+        if seq != last + 1 or not first:
+            if first:
+                ranges.append(Range(first, last))
+            first = seq
+        last = seq
+    if first:
+        ranges.append(Range(first, last))
     return tuple(ranges)
-
-
-def _with_seq(row: Row) -> bytes:
-    return b'{"seq":%d,' % row.seq + row.body[1:]
 
 
 def _record(item: object, *, stream: str) -> Record:
     if not isinstance(item, dict):
         _refuse("record", "", "an object", item)
-    fields = cast("dict[str, Any]", item)
-    kind, body = fields.get("kind"), fields.get("body")
-    if not isinstance(kind, str) or not _KIND.fullmatch(kind):
+    fields: dict[str, Any] = item
+    kind, body, seq = fields.get("kind"), fields.get("body"), fields.get("seq")
+    if not isinstance(kind, str) or not _is_kind(kind):
         _refuse("record", "kind", "a lower-case name", kind)
     if not isinstance(body, dict):
         _refuse("record", "body", "an object", body)
-    return Record(
-        stream=stream,
-        seq=_seq(fields, "seq", "record"),
-        kind=kind,
-        boot_id=_uuid(fields, "boot_id", "record"),
-        wall_s=_number(fields, "wall_s"),
-        monotonic_s=_number(fields, "monotonic_s"),
-        body=body,
-    )
+    unsynced = fields.get("clock_unsynced", False)
+    if not isinstance(unsynced, bool):
+        _refuse("record", "clock_unsynced", "true or false", unsynced)
+    if type(seq) is not int or not 1 <= seq <= MAX_SEQ:
+        _refuse("record", "seq", "an integer from 1", seq)
+    boot_id, wall_s, monotonic_s = fields.get("boot_id"), fields.get("wall_s"), fields.get("monotonic_s")
+    if type(boot_id) is not str or not _is_uuid(boot_id):
+        _refuse("record", "boot_id", "a lower-case UUID", boot_id)
+    if type(wall_s) is not float or not -1e15 <= wall_s <= 1e15:
+        wall_s = _number(fields, "wall_s")
+    if type(monotonic_s) is not float or not -1e15 <= monotonic_s <= 1e15:
+        monotonic_s = _number(fields, "monotonic_s")
+    # Record(...) itself takes twice as long as all of this: it passes each field through object.__setattr__.
+    made = _new_record(Record)
+    _put_stream(made, stream)
+    _put_seq(made, seq)
+    _put_kind(made, kind)
+    _put_boot_id(made, boot_id)
+    _put_wall_s(made, wall_s)
+    _put_monotonic_s(made, monotonic_s)
+    _put_body(made, body)
+    _put_clock_unsynced(made, unsynced)
+    return made
+
+
+_new_record = Record.__new__
+_put_stream, _put_seq, _put_kind, _put_boot_id, _put_wall_s, _put_monotonic_s, _put_body, _put_clock_unsynced = (
+    getattr(Record, each.name).__set__ for each in dataclass_fields(Record)
+)
+
+
+# The records of a batch share theirs: looked at once.
+@lru_cache(64)
+def _is_kind(text: str) -> bool:
+    return _KIND.fullmatch(text) is not None
+
+
+@lru_cache(64)
+def _is_uuid(text: str) -> bool:
+    return _UUID.fullmatch(text) is not None
 
 
 def _is_seq(value: object) -> bool:
@@ -329,7 +454,7 @@ def _device(fields: dict[str, Any], what: str) -> str:
 
 def _uuid(fields: dict[str, Any], key: str, what: str) -> str:
     value = fields.get(key)
-    if not isinstance(value, str) or not _UUID.fullmatch(value):
+    if not isinstance(value, str) or not _is_uuid(value):
         _refuse(what, key, "a lower-case UUID", value)
     return value
 

@@ -6,44 +6,58 @@ reporter builds records and commits them; another one sends them.
 
 from __future__ import annotations
 
+import functools
+import io
 import logging
+import math
 import os
 import random
-import ssl
 import threading
 import time
-import uuid
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
+from outrider.events import HybridEvent, event_of
 from outrider.store import find_state_dir
-from outrider.telemetry.mqtt import Credentials, parse_broker, to_credentials
-from outrider.telemetry.publisher import Limits, Publisher
-from outrider.telemetry.record import EVENT, PREDICTION, Range, check_device, encode_row
-from outrider.telemetry.spool import HIGH, LOW, Account, Draft, Spool
+from outrider.telemetry import homeassistant, info
+from outrider.telemetry.attachment import Attachment
+from outrider.telemetry.inputs import InputGate, InputPolicy
+from outrider.telemetry.metrics import judged_of
+from outrider.telemetry.mqtt import Credentials, Message, parse_broker, to_credentials
+from outrider.telemetry.numbers import check_number, check_share, check_whole
+from outrider.telemetry.paths import without_paths
+from outrider.telemetry.publisher import Calls, Limits, Publisher
+from outrider.telemetry.record import EVENT, INPUT, Range, check_device, encode_row
+from outrider.telemetry.spool import DEFAULT_MAX_BYTES, HIGH, LOWEST, Draft, Spool
+from outrider.telemetry.spoolfile import is_no_room, lock, was_left_open
+from outrider.telemetry.vitals import Vitals, read_metrics, vitals
+from outrider.telemetry.writer import ReporterAccount, Settings, World, Writer
+from outrider_runtimes.board import this_board
+from outrider_runtimes.clock import clock_is_synchronised, this_boot
 from outrider_runtimes.deadline import LONGEST_MS
-from outrider_runtimes.errors import ConfigError, TelemetryError
-from outrider_runtimes.runner import Timing
+from outrider_runtimes.errors import ConfigError, InputError, TelemetryError
+from outrider_runtimes.heat import Heat, read_heat
+from outrider_runtimes.options import require_kind
+from outrider_runtimes.tls import AnyTls
 
 if TYPE_CHECKING:
-    from outrider.prediction import OnPrediction
+    from outrider.prediction import Failure, OnPrediction, Prediction
+    from outrider.spending import Meter
+    from outrider_runtimes.tensors import Tensors
 
 log = logging.getLogger(__name__)
 
 Level = Literal["spooled", "broker", "sink"]
 
-# One transaction holds at most so many records: the disk's write-ahead log stays within a few megabytes.
-_COMMIT_RECORDS: Final = 4096
-_FLUSH_TICK_S: Final = 0.05
-_TIMES: Final = Timing._fields
+DEFAULT_COMMIT_INTERVAL_MS: Final = 1000.0
+DEFAULT_METRICS_INTERVAL_S: Final = 60.0
 
-# A prediction on its way to the writer: when (monotonic s), source, reason, variant, engine, bundle, verified, timing.
-# Its outputs are not kept: they may be large, and they are the caller's.
-_Offered = tuple[float, str, str, str, str, str, bool, Timing]
+_FLUSH_TICK_S: Final = 0.05
+_LONGEST_AGE_S: Final = 1e10
+# On an exception: the devices whose reporters have counted it, because what they watch told them.
+_COUNTED: Final = "_outrider_counted"
 
 
 class Watchable(Protocol):
@@ -54,37 +68,15 @@ class Watchable(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReporterAccount(Account):
-    """The spool's account, and what this reporter did since it was opened.
-
-    Attributes:
-        offered: predictions and events that it was given.
-        lost: of these, what never came onto the disk, because the queue in memory was full; their numbers are skipped.
-    """
-
-    offered: int
-    lost: int
-
-
-@dataclass(kw_only=True, slots=True, eq=False)
-class _Waiter:
-    """Someone who waits until what was offered is on the disk; ``last_seq`` says up to where that is."""
-
-    done: threading.Event
-    last_seq: int = 0
-
-
 class Reporter:
     """Reports what it watches. Use it as a context manager, or ``close`` it.
 
-    A broker that is not there is not an error: records wait in the spool.
+    A broker that is not there is not an error: records wait in the spool. A full disk is none either: without a spool
+    records wait in memory, nothing is sent, and every commit interval the spool is tried again. A spool that a kill or
+    a power cut left is read through before it is used, beside the first calls: what asks for it waits for that.
 
     Attributes:
         device: its id.
-        spool: the queue on disk.
-        spool_error: why the last commit failed, such as a full disk; empty while all is well. What could not be
-            committed stays in memory and is tried again.
     """
 
     def __init__(
@@ -92,89 +84,164 @@ class Reporter:
         url: str,
         *,
         device: str,
-        tls: ssl.SSLContext | str | os.PathLike[str] | None = None,
+        tls: AnyTls | None = None,
         credentials: Credentials | tuple[str, str | None] | None = None,
         state: str | Path | None = None,
-        commit_interval_ms: float = 1000.0,
-        max_bytes: int = 64 * 1024 * 1024,
+        commit_interval_ms: float = DEFAULT_COMMIT_INTERVAL_MS,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        max_age_s: float | None = None,
+        sample: float = 1.0,
+        metrics_interval_s: float | None = DEFAULT_METRICS_INTERVAL_S,
+        inputs: InputPolicy | None = None,
+        meter: Meter | None = None,
         queue_size: int = 32_768,
         limits: Limits | None = None,
+        attachments: Sequence[Attachment] = (),
+        home_assistant: bool | str = False,
         rng: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
+        synchronised: Callable[[], bool | None] = clock_is_synchronised,
+        heat: Callable[[], Heat] = read_heat,
     ) -> None:
         """Open the spool and begin to connect; does not wait for the broker.
 
         Args:
             url: ``mqtt://host:1883`` or ``mqtts://host:8883``.
             device: 1 to 64 letters, digits, ``.``, ``_`` or ``-``; one reporter at a time has a device id.
-            tls: for mqtts: an SSLContext, or the path of the CA certificates; None trusts the system's.
+            tls: for mqtts: the path of the CA certificates, a Tls with the device's own certificate too, or an
+                SSLContext that verifies; None trusts the system's.
             credentials: user name and password.
             state: the state directory; by default the store's rule. The spool is ``telemetry/<device>.sqlite`` in it.
             commit_interval_ms: how long a record is in memory alone; what a kill -9 can lose.
             max_bytes: of the records that wait on disk; beyond it the oldest of the lowest priority are dropped.
+            max_age_s: records that waited longer are dropped; None for no bound. See ``Spool``.
+            sample: the share of the predictions that are reported in full, drawn by chance; all are counted in the
+                metrics. Flagged ones (the edge was unsure, or answered for want of the cloud) always are.
+            metrics_interval_s: how often the metrics are reported; None for never.
+            inputs: what may leave of the inputs that ``report_inputs`` is given; None for nothing.
+            meter: on a metered link: what it may cost, shared with a Hybrid. What it does not cover waits.
             queue_size: how many records wait in memory for the next commit; beyond it they are lost and counted.
             limits: how much is under way at once.
+            attachments: what else listens on this connection.
+            home_assistant: have Home Assistant find the device; a string is the discovery prefix, if it is another than
+                ``homeassistant``. ``outrider.telemetry.homeassistant.remove`` takes it back.
+            rng: draws the sample and spreads the reconnects.
+            clock, wall_clock: seconds, monotonic and since 1970.
+            synchronised: whether something keeps the clock right.
+            heat: a look at the board.
 
         Raises:
             ConfigError: the url, the device id or a number is not usable.
             MissingExtra: paho-mqtt is not installed.
-            StateDirectoryError, TelemetryError: the spool cannot be used, or another process has it.
+            StateDirectoryError, TelemetryError: another process has the spool, or, where it was closed cleanly or is
+                new, it cannot be used, for another reason than a full disk. Of one that was not, ``spool_error`` tells.
         """
         broker = parse_broker(url, tls=tls)
         self.device = check_device(device)
-        for name, value in (
-            ("commit_interval_ms", commit_interval_ms),
-            ("max_bytes", max_bytes),
-            ("queue_size", queue_size),
-        ):
-            if not value > 0:
-                raise ConfigError(f"{name} is {value}, expected a number above 0")
-        if commit_interval_ms > LONGEST_MS:
-            raise ConfigError(f"commit_interval_ms is {commit_interval_ms}, expected at most {LONGEST_MS:g}")
-        self.spool_error = ""
+        interval_s = metrics_interval_s
+        settings = Settings(
+            commit_interval_s=check_number("commit_interval_ms", commit_interval_ms, most=LONGEST_MS) / 1000.0,
+            queue_size=check_whole("queue_size", queue_size),
+            sample=check_share("sample", sample),
+            metrics_interval_s=None if interval_s is None else check_number("metrics_interval_s", interval_s),
+        )
+        check_whole("max_bytes", max_bytes)
+        if max_age_s is not None:
+            check_number("max_age_s", max_age_s, most=_LONGEST_AGE_S)
+        require_kind("limits", limits, (Limits, type(None)), "a Limits, or None")
+        require_kind("rng", rng, (random.Random, type(None)), "a random.Random, or None")
+        require_kind("inputs", inputs, (InputPolicy, type(None)), "an InputPolicy, or None")
+        rng = rng if rng is not None else random.Random()
         self._clock = clock
         self._wall_clock = wall_clock
-        self._interval_s = commit_interval_ms / 1000.0
-        self._queue: deque[_Offered | Draft] = deque()
-        self._queue_size = queue_size
-        self._boot_id = _boot_id()
-        self._unwatch: list[Callable[[], None]] = []
-        self._mutex = threading.Lock()
-        self._committing = threading.Condition(self._mutex)
-        self._losing = threading.Lock()  # for the sum alone: a callback never waits for what holds _mutex
-        self._lost = 0
-        self._lost_committed = 0  # under _mutex; so are the three below
-        self._committed = 0
-        self._waiters: list[_Waiter] = []
-        self._drafts: list[Draft] = []  # the writer's: built, not committed yet
-        self._receipts: deque[Range] = deque()
-        self._wake = threading.Event()
-        self._flushing = 0
+        self._boot_id = this_boot()
+        self._board = this_board()
+        self._watched: list[tuple[Watchable, Callable[[], None]]] = []
+        self._inputs = InputGate(inputs, clock=clock)
+        self._metrics: dict[str, Any] = {}
+        self._on_vitals: list[Callable[[Vitals], None]] = []
+        if home_assistant:
+            prefix = home_assistant if isinstance(home_assistant, str) else homeassistant.PREFIX
+            home = homeassistant.HomeAssistant(device=device, post=self.post, prefix=prefix)
+            attachments = [*attachments, home.attachment]
+            self._on_vitals.append(home.tell)
         self._closing = False
-        self._stopping = False
-        self.spool = Spool(find_state_dir(state) / "telemetry" / f"{device}.sqlite", max_bytes=max_bytes)
+        self._process = os.getpid()
+        path = find_state_dir(state) / "telemetry" / f"{device}.sqlite"
+        self._spool: Spool | None = None
+        self._held: io.FileIO | None = None
+        self._make_spool = functools.partial(
+            Spool, path, max_bytes=max_bytes, max_age_s=max_age_s, clock=clock, boot=self._boot_id
+        )
+        self._publisher = Publisher(
+            broker,
+            device=device,
+            boot_id=self._boot_id,
+            calls=Calls(receipt=self._take_receipt, poisoned=self._poisoned, info=self._info),
+            attachments=attachments,
+            credentials=to_credentials(credentials),
+            limits=limits,
+            meter=meter,
+            rng=rng,
+            clock=clock,
+            wall_clock=wall_clock,
+        )
+        world = World(clock=clock, wall_clock=wall_clock, synchronised=synchronised, heat=heat, rng=rng)
+        self._writer = Writer(
+            self._open_spool,
+            name=device,
+            boot_id=self._boot_id,
+            settings=settings,
+            world=world,
+            committed=self._publisher.wake,
+            summarized=self._summarized,
+        )
         try:
-            self._publisher = Publisher(
-                self.spool,
-                broker,
-                device=device,
-                boot_id=self._boot_id,
-                on_receipt=self._take_receipt,
-                credentials=to_credentials(credentials),
-                limits=limits,
-                rng=rng,
-                clock=clock,
-                wall_clock=wall_clock,
-            )
-        except BaseException:
-            self.spool.close()
-            raise
-        self._writer = threading.Thread(target=self._write, name=f"outrider-spool-{device}", daemon=True)
+            if was_left_open(path):  # whose it is, is asked here; what is in it, on the writer's thread
+                self._held = lock(path)
+            else:
+                self._writer.open()
+        except TelemetryError as error:
+            if not is_no_room(error):
+                self._publisher.close()
+                raise
         self._writer.start()
-        self._publisher.start()
-        if self.spool.recovered is not None:
-            self.event("spool_recovered", reason=self.spool.recovered)
+
+    def _open_spool(self) -> Spool:
+        """From then on there is something to send."""
+        held = None if self._held is None or self._held.closed else self._held
+        spool = self._spool = self._make_spool(held=held)
+        if spool.recovered is not None:
+            fields = {"reason": without_paths(spool.recovered), "salvaged": spool.salvaged}
+            self._offer(EVENT, {"name": "spool_recovered", "fields": fields}, priority=HIGH)
+        self._publisher.start(spool)
+        return spool
+
+    @property
+    def spool(self) -> Spool:
+        """The queue on disk.
+
+        Raises:
+            TelemetryError: it could not be opened yet; ``spool_error`` says why.
+        """
+        self._writer.wait_opened()
+        if self._spool is None:
+            raise TelemetryError(f"the spool of {self.device} is not open: {self._writer.error}")
+        return self._spool
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return self._closing
+
+    @property
+    def spool_error(self) -> str:
+        """Why the spool could not be opened or the last commit failed, such as a full disk; empty while all is well.
+
+        What could not be committed stays in memory and is tried again.
+        """
+        return self._writer.error
 
     @property
     def connected(self) -> bool:
@@ -186,31 +253,55 @@ class Reporter:
         """Why it is not, or was not last time; empty while all is well."""
         return self._publisher.connection.last_error
 
+    @property
+    def held_back(self) -> str:
+        """Why records wait although the broker is there, such as a spent budget; empty where none does."""
+        return self._publisher.held_back
+
     def watch(self, source: Watchable) -> Callable[[], None]:
-        """Report every prediction of ``source``, without its inputs and outputs. Gives what ends it.
+        """Report every prediction of ``source``, without its inputs and outputs, its calls that fail (where it has an
+        ``on_failure``), and what else it tells: drift, what serves instead of what. Gives what ends it.
 
         Raises:
             TelemetryError: the reporter is closed.
         """
-        if self._closing:
-            raise TelemetryError(f"the reporter of {self.device} is closed")
-        queue, limit, clock, lose = self._queue, self._queue_size, self._clock, self._lose
-
-        def offer(p: Any) -> None:
-            if len(queue) < limit:
-                queue.append((clock(), p.source, p.reason, p.variant, p.engine, p.bundle, p.verified, p.timing_ms))
-            else:
-                lose(1)
-
-        unsubscribe = source.on_prediction(offer)
+        self._check_open()
+        edge = getattr(source, "edge", source)
+        judged = judged_of(getattr(source, "interface", None), getattr(getattr(edge, "offload", None), "score", None))
+        ends = [source.on_prediction(self._writer.callback(judged))]
+        if (on_failure := getattr(source, "on_failure", None)) is not None:
+            ends.append(on_failure(self._source_failed))
+        if (on_event := getattr(source, "on_event", None)) is not None:
+            ends.append(on_event(self._happened))
+        elif (on_change := getattr(source, "on_change", None)) is not None:
+            ends.append(on_change(lambda change: self._happened(event_of(change))))
 
         def unwatch() -> None:
-            if unwatch in self._unwatch:
-                self._unwatch.remove(unwatch)
-                unsubscribe()
+            if entry in self._watched:
+                self._watched.remove(entry)
+                for end in ends:
+                    end()
+                if not self._closing:
+                    self._publisher.tell_info()
+                    self._tell_vitals()
 
-        self._unwatch.append(unwatch)
+        entry = (source, unwatch)
+        self._watched.append(entry)
+        self._publisher.tell_info()
+        self._tell_vitals()
         return unwatch
+
+    def on_vitals(self, callback: Callable[[Vitals], None]) -> Callable[[], None]:
+        """Have ``callback`` called with how the device is doing: now, with each metrics record and when what is watched
+        changes. On whichever thread that is, so it must be quick. Gives what ends it."""
+        self._on_vitals.append(callback)
+        self._tell_vitals()
+
+        def end() -> None:
+            if callback in self._on_vitals:
+                self._on_vitals.remove(callback)
+
+        return end
 
     def event(self, name: str, /, **details: Any) -> bool:
         """Report that something happened. Gives False when the queue was full: the event is lost and counted.
@@ -218,20 +309,51 @@ class Reporter:
         Raises:
             TelemetryError: a field that JSON has no form for, more than a record may hold, or the reporter is closed.
         """
-        if self._closing:
-            raise TelemetryError(f"the reporter of {self.device} is closed")
-        row = encode_row(
-            kind=EVENT,
-            boot_id=self._boot_id,
-            wall_s=self._wall_clock(),
-            monotonic_s=self._clock(),
-            body={"name": name, "fields": details},
-        )
-        if len(self._queue) >= self._queue_size:
-            self._lose(1)
-            return False
-        self._queue.append(Draft(body=row, priority=HIGH))
-        return True
+        self._check_open()
+        return self._offer(EVENT, {"name": name, "fields": details}, priority=HIGH)
+
+    def failure(self, error: BaseException) -> bool:
+        """Report that a request failed on the way to what is watched, by the error's name alone: in the metrics, where
+        an InputError is ``refused``, and as an event. One out of what is watched is counted already, and not again.
+
+        Returns:
+            False when the queue was full: it is lost and counted.
+
+        Raises:
+            TelemetryError: the reporter is closed.
+        """
+        self._check_open()
+        if self.device in vars(error).get(_COUNTED, ()):
+            return True
+        return self._writer.failed(error, refused=isinstance(error, InputError))
+
+    def report_inputs(self, inputs: Tensors, prediction: Prediction) -> bool:
+        """Report what led to a prediction, where ``inputs=`` of the reporter lets it leave.
+
+        Args:
+            inputs: as they were passed to ``infer``, by name; copied before this returns.
+
+        Returns:
+            Whether they are on their way: they are not too large, not too many in the hour, of a flagged answer if the
+            policy wants that, and there was room in the queue.
+
+        Raises:
+            TelemetryError: the reporter is closed.
+        """
+        self._check_open()
+        body = self._inputs.body(inputs, prediction)
+        return body is not None and self._offer(INPUT, body, priority=LOWEST)
+
+    def post(self, message: Message) -> bool:
+        """Send a message beside the records on this connection: not spooled, QoS 1, in the order of the posts.
+
+        It waits in memory while there is no connection, of retained ones for a topic the newest, and may arrive twice
+        where one breaks. From any thread.
+
+        Returns:
+            False when it was not taken: 256 wait for a connection or their PUBACK, or the reporter is closed.
+        """
+        return not self._closing and self._publisher.post(message)
 
     def flush(self, timeout_s: float = 10.0, *, level: Level = "spooled") -> bool:
         """Wait until everything that was offered before this call has come as far as ``level``.
@@ -246,58 +368,49 @@ class Reporter:
         """
         if level not in ("spooled", "broker", "sink"):
             raise ConfigError(f"level is {level!r}, expected 'spooled', 'broker' or 'sink'")
-        if self._closing:
-            raise TelemetryError(f"the reporter of {self.device} is closed")
+        if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or math.isnan(timeout_s):
+            raise ConfigError(f"timeout_s is {timeout_s!r:.40}, expected seconds")
+        self._check_open()
         timeout_s = min(timeout_s, threading.TIMEOUT_MAX)
-        until = time.monotonic() + timeout_s
-        waiter = _Waiter(done=threading.Event())
-        dropped = self.spool.account().dropped
-        with self._mutex:
-            self._waiters.append(waiter)
-            self._flushing += 1
-        try:
-            self._wake.set()
-            if not waiter.done.wait(timeout_s):
-                return False
-            while not self._has_reached(level, waiter.last_seq):
-                if time.monotonic() >= until:
-                    return False
-                with self._mutex:
-                    self._committing.wait(_FLUSH_TICK_S)
-        finally:
-            with self._mutex:
-                self._flushing -= 1
-        return self.spool.account().dropped == dropped
+        dropped = None if self._spool is None else self._spool.account().dropped
+        reached = self._writer.flush(timeout_s, lambda seq: self._has_reached(level, seq), tick_s=_FLUSH_TICK_S)
+        return reached and dropped in (None, self.spool.account().dropped)
 
     def account(self) -> ReporterAccount:
-        """The account now. Exact for what is committed; ``offered`` is exact while nothing is being offered."""
-        with self._mutex:
-            spool = self.spool.account()
-            waiting = len(self._queue) + len(self._drafts)
-            offered = self._committed + self._lost + waiting
-            return ReporterAccount(
-                enqueued=spool.enqueued,
-                delivered=spool.delivered,
-                pending=spool.pending,
-                dropped=spool.dropped,
-                offered=offered,
-                lost=self._lost,
-            )
+        """The account now; ``offered`` is exact while nothing is being offered, the rest when the spool is open."""
+        return self._writer.account()
 
     def close(self) -> None:
-        """Stop watching, disconnect, commit what was offered and close the spool. What is pending waits on the disk."""
+        """Stop watching, disconnect, commit what was offered and close the spool. What is pending waits on the disk.
+
+        From a callback of its own it returns at once, and the rest follows when the callback has returned. In a forked
+        child, which has none of its threads, it lets go of what the child has of it and leaves the parent's alone.
+        """
         if self._closing:
             return
-        for unwatch in list(self._unwatch):
-            unwatch()
+        if os.getpid() != self._process:
+            self._closing = True
+            if self._held is not None:
+                self._held.close()
+            if self._spool is not None:
+                self._spool.close()
+            return
         self._closing = True
+        for _, unwatch in list(self._watched):
+            unwatch()
+        here = threading.current_thread()
+        if self._writer.is_mine(here) or self._publisher.connection.is_mine(here):
+            threading.Thread(target=self._end, name=f"outrider-close-{self.device}").start()
+        else:
+            self._end()
+
+    def _end(self) -> None:
         self._publisher.close()
-        self._stopping = True  # after the publisher: what it received last is committed too
-        self._wake.set()
-        self._writer.join()
-        if uncommitted := len(self._drafts) + len(self._queue):
-            log.error("%s: %d records could not be committed and are lost", self.spool.path, uncommitted)
-        self.spool.close()
+        # After the publisher: what it received last is committed too.
+        if uncommitted := self._writer.close():
+            log.error("%s: %d records could not be committed and are lost", self.device, uncommitted)
+        if self._spool is not None:
+            self._spool.close()
 
     def __enter__(self) -> Reporter:
         return self
@@ -307,14 +420,61 @@ class Reporter:
     ) -> None:
         self.close()
 
-    def _lose(self, count: int) -> None:
-        with self._losing:
-            self._lost += count
+    def _check_open(self) -> None:
+        if self._closing:
+            raise TelemetryError(f"the reporter of {self.device} is closed")
 
-    def _take_receipt(self, ranges: tuple[Range, ...]) -> None:
-        self._receipts.extend(ranges)
-        if self._flushing:
-            self._wake.set()
+    def _offer(self, kind: str, body: dict[str, Any], *, priority: int) -> bool:
+        row = encode_row(
+            kind=kind,
+            boot_id=self._boot_id,
+            wall_s=self._wall_clock(),
+            monotonic_s=self._clock(),
+            body=body,
+            clock_unsynced=self._writer.unsynced,
+        )
+        return self._writer.offer(Draft(body=row, priority=priority))
+
+    def _source_failed(self, failure: Failure) -> None:
+        self._writer.failed(failure.error, refused=failure.refused)
+        noted = vars(failure.error)
+        noted[_COUNTED] = noted.get(_COUNTED, frozenset()) | {self.device}
+
+    def _happened(self, event: HybridEvent) -> None:
+        """A source tells something; it is not to fail because of that."""
+        fields = {
+            name: without_paths(value) if isinstance(value, str) else value for name, value in event.fields.items()
+        }
+        if event.name == "drift" and isinstance(score := fields.get("share"), (int, float)):
+            self._writer.drift = float(score)
+        try:
+            self._offer(EVENT, {"name": event.name, "fields": fields}, priority=HIGH)
+        except TelemetryError as error:
+            log.warning("an event that cannot be reported: %s", error)
+        if event.name != "drift":
+            self._publisher.tell_info()
+            self._tell_vitals()
+
+    def _summarized(self, metrics: dict[str, Any]) -> None:
+        self._metrics = metrics
+        self._tell_vitals()
+
+    def _tell_vitals(self) -> None:
+        if not self._on_vitals:
+            return
+        bundles = [info.bundle_fields(source) for source, _ in self._watched]
+        told = vitals([read_metrics(self._metrics)], [fields for fields in bundles if fields is not None])
+        for callback in list(self._on_vitals):
+            try:
+                callback(told)
+            except Exception:  # it is the user's: whatever it raises, the records have to go on
+                log.exception("%s: a callback of on_vitals failed", self.device)
+
+    def _take_receipt(self, ranges: tuple[Range, ...], through: int) -> None:
+        self._writer.received(ranges, through=through)
+
+    def _poisoned(self, seq: int, tries: int) -> None:
+        self._offer(EVENT, {"name": "record_poisoned", "fields": {"seq": seq, "tries": tries}}, priority=HIGH)
 
     def _has_reached(self, level: Level, seq: int) -> bool:
         if level == "spooled":
@@ -323,88 +483,12 @@ class Reporter:
             return True
         return self.spool.oldest_seq() > seq
 
-    def _write(self) -> None:
-        """The writer's thread: every interval, or sooner when someone waits, commit what is there."""
-        while not self._stopping:
-            self._wake.wait(self._interval_s)
-            self._wake.clear()
-            self._cycle()
-        self._cycle()
-
-    def _cycle(self) -> None:
-        with self._mutex:
-            waiters, self._waiters = self._waiters, []
-        try:
-            left = len(self._queue)
-            due = left > 0 or self._drafts or self._receipts or self._lost_committed < self._lost
-            while due:
-                if not self._drafts:  # what failed to commit comes first: memory holds no more than the queue and it
-                    left -= self._build(min(left, _COMMIT_RECORDS))
-                self._commit()
-                due = left > 0
-        except TelemetryError as error:
-            if str(error) != self.spool_error:
-                log.error("%s", error)
-            self.spool_error = str(error)
-            with self._mutex:
-                self._waiters = waiters + self._waiters
-            return
-        self.spool_error = ""
-        for waiter in waiters:
-            waiter.last_seq = self.spool.last_seq
-            waiter.done.set()
-
-    def _build(self, count: int) -> int:
-        """Move that many from the queue to the drafts. Gives how many were taken."""
-        to_wall_s = self._wall_clock() - self._clock()
-        for _ in range(count):
-            with self._mutex:
-                offered = self._queue.popleft()
-                if isinstance(offered, Draft):
-                    self._drafts.append(offered)
-                    continue
-                try:
-                    self._drafts.append(_prediction(offered, boot_id=self._boot_id, to_wall_s=to_wall_s))
-                except TelemetryError as error:
-                    self._lose(1)
-                    log.error("a prediction that cannot be reported: %s", error)
-        return count
-
-    def _commit(self) -> None:
-        ranges = [self._receipts.popleft() for _ in range(len(self._receipts))]
-        with self._mutex:
-            lost = self._lost - self._lost_committed
-        try:
-            self.spool.commit(self._drafts, lost=lost, ranges=ranges)
-        except TelemetryError:
-            self._receipts.extendleft(reversed(ranges))
-            raise
-        with self._mutex:
-            self._committed += len(self._drafts)
-            self._lost_committed += lost
-            self._drafts = []
-            self._committing.notify_all()
-        self._publisher.wake()
-
-
-def _prediction(offered: _Offered, *, boot_id: str, to_wall_s: float) -> Draft:
-    at_s, source, reason, variant, engine, bundle, verified, timing = offered
-    body = {
-        "source": source,
-        "reason": reason,
-        "variant": variant,
-        "engine": engine,
-        "bundle": bundle,
-        "verified": verified,
-        "timing_ms": {name: round(getattr(timing, name), 3) for name in _TIMES},
-    }
-    row = encode_row(kind=PREDICTION, boot_id=boot_id, wall_s=at_s + to_wall_s, monotonic_s=at_s, body=body)
-    return Draft(body=row, priority=LOW)
-
-
-def _boot_id() -> str:
-    """The kernel's id of this boot; where there is none, one for this process."""
-    try:
-        return str(uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()))
-    except (OSError, ValueError):
-        return str(uuid.uuid4())
+    def _info(self) -> bytes:
+        return info.encode(
+            device=self.device,
+            stream=self.spool.stream,
+            boot_id=self._boot_id,
+            wall_s=self._wall_clock(),
+            board=self._board,
+            sources=[source for source, _ in self._watched],
+        )

@@ -13,17 +13,17 @@ import os
 import random
 import signal
 import sqlite3
-import ssl
 import sys
 import threading
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
+from typing import Final
 
 from outrider.telemetry.ledger import Ledger
-from outrider.telemetry.mqtt import Connection, Credentials, Handlers, Message, parse_broker, to_credentials
+from outrider.telemetry.linked import Linked, connection_to
+from outrider.telemetry.mqtt import Credentials, Handlers, Message
 from outrider.telemetry.record import (
     ALL_DEVICES,
     Batch,
@@ -36,8 +36,14 @@ from outrider.telemetry.record import (
     topics,
 )
 from outrider_runtimes.errors import OutriderError, TelemetryError
+from outrider_runtimes.tls import AnyTls
 
 log = logging.getLogger(__name__)
+
+# What is remembered at most, where a device begins ever new streams or someone makes devices up: beyond it the one that
+# was heard of longest ago is forgotten. One device has one stream at a time.
+MAX_DEVICES: Final = 10_000
+MAX_STREAMS: Final = 8
 
 OnRecord = Callable[[str, Record], None]
 
@@ -47,7 +53,7 @@ class StreamCount:
     """What came of one stream: ``last_seq - since_seq + 1 == received + gaps + missing``.
 
     Attributes:
-        since_seq: the first number that came to this sink; it cannot know whether lower ones went to another.
+        since_seq: the lowest number that came to this sink; it cannot know whether lower ones went to another.
         last_seq: the highest number that is accounted for.
         received: records that the handler took, each counted once.
         duplicates: records that came again and were dropped.
@@ -69,6 +75,8 @@ class StreamCount:
 class SinkCount:
     """What a sink has counted: the sums over ``streams``, and what belongs to none.
 
+    Of a device the 8 streams count that were heard of last, and of devices 10,000.
+
     Attributes:
         malformed: messages and records that could not be read; no receipt is sent for them.
         failed: how often the handler raised; the record comes again.
@@ -85,12 +93,15 @@ class SinkCount:
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class _Stream:
-    device: str
     ledger: Ledger
     duplicates: int = 0
 
 
-class Sink:
+# By the device and its stream: no device can say anything of another's.
+_Streams = dict[str, dict[str, _Stream]]
+
+
+class Sink(Linked):
     """A consumer of all devices at a broker. Use it as a context manager, or ``close`` it.
 
     A receipt is sent when the handler has taken the records and, with ``state``, the note of it is on disk. A sink that
@@ -103,7 +114,7 @@ class Sink:
         *,
         on_record: OnRecord | None = None,
         state: str | os.PathLike[str] | None = None,
-        tls: ssl.SSLContext | str | os.PathLike[str] | None = None,
+        tls: AnyTls | None = None,
         credentials: Credentials | tuple[str, str | None] | None = None,
         rng: random.Random | None = None,
     ) -> None:
@@ -123,33 +134,27 @@ class Sink:
         self._mutex = threading.Lock()
         self._malformed = 0
         self._failed = 0
-        broker = parse_broker(url, tls=tls)
-        self._connection = Connection(
-            broker,
+        self._connection = connection_to(
+            url,
+            tls=tls,
+            credentials=credentials,
             client_id=f"outrider-sink-{uuid.uuid4().hex[:12]}",
             handlers=Handlers(message=self._message),
             subscriptions=(ALL_DEVICES.records,),
-            credentials=to_credentials(credentials),
             rng=rng,
         )
         self._notes = _Notes(Path(state) / "sink.sqlite") if state is not None else None
-        self._streams = self._notes.load() if self._notes is not None else {}
+        self._streams: _Streams = self._notes.load() if self._notes is not None else {}
         self._connection.start()
-
-    @property
-    def connected(self) -> bool:
-        """Whether the broker is there now and sends records."""
-        return self._connection.connected
-
-    @property
-    def last_error(self) -> str:
-        """Why it is not, or was not last time; empty while all is well."""
-        return self._connection.last_error
 
     def count(self) -> SinkCount:
         """What was counted so far."""
         with self._mutex:
-            streams = tuple(_count(stream_id, stream) for stream_id, stream in self._streams.items())
+            streams = tuple(
+                _count(device, stream_id, stream)
+                for device, own in self._streams.items()
+                for stream_id, stream in own.items()
+            )
             return SinkCount(
                 received=sum(stream.received for stream in streams),
                 duplicates=sum(stream.duplicates for stream in streams),
@@ -162,19 +167,11 @@ class Sink:
 
     def close(self) -> None:
         """Disconnect. Records that come meanwhile wait on their devices."""
-        self._connection.close()
+        super().close()
         if self._notes is not None:
             self._notes.close()
 
-    def __enter__(self) -> Sink:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _message(self, topic: str, payload: bytes) -> None:
+    def _message(self, topic: str, payload: bytes, _retained: bool) -> None:
         device = device_of(topic)
         try:
             batch = decode_batch(payload)
@@ -187,7 +184,7 @@ class Sink:
             return
         with self._mutex:
             self._malformed += batch.malformed
-            stream = self._stream(batch) if batch.records else None
+            stream, forgotten = self._stream(batch) if batch.records else (None, [])
         if stream is None:
             return
         taken = self._take(batch, stream)
@@ -196,7 +193,7 @@ class Sink:
                 stream.ledger.settle(batch.after_seq + 1, taken[-1])
         try:
             if self._notes is not None:
-                self._notes.save(batch.stream, stream)
+                self._notes.save(batch.device, batch.stream, stream, forgotten)
         except TelemetryError as error:
             log.error("%s; no receipt is sent", error)
             return
@@ -204,41 +201,48 @@ class Sink:
             receipt = Receipt(stream=batch.stream, ranges=to_ranges(taken))
             self._connection.publish(Message(topic=topics(batch.device).receipt, payload=encode_receipt(receipt)))
 
-    def _stream(self, batch: Batch) -> _Stream | None:
-        """The stream of a batch; None where its id belongs to another device."""
-        found = self._streams.get(batch.stream)
-        if found is None:
-            ledger = Ledger(batch.records[0].seq)
-            found = self._streams[batch.stream] = _Stream(device=batch.device, ledger=ledger)
-        if found.device != batch.device:
-            log.warning("%s sends the stream %s, which is of %s", batch.device, batch.stream, found.device)
-            self._malformed += 1
-            return None
-        return found
+    def _stream(self, batch: Batch) -> tuple[_Stream, list[tuple[str, str]]]:
+        """The stream of a batch, as the one that was heard of last, and what is forgotten for it."""
+        own = self._streams.pop(batch.device, {})
+        stream = own.pop(batch.stream, None)
+        forgotten: list[tuple[str, str]] = []
+        if stream is None:
+            stream = _Stream(ledger=Ledger(batch.records[0].seq))
+            while len(own) >= MAX_STREAMS:
+                own.pop(oldest := next(iter(own)))
+                forgotten.append((batch.device, oldest))
+            while len(self._streams) >= MAX_DEVICES:
+                device = next(iter(self._streams))
+                forgotten += [(device, stream_id) for stream_id in self._streams.pop(device)]
+        own[batch.stream] = stream
+        self._streams[batch.device] = own
+        return stream, forgotten
 
     def _take(self, batch: Batch, stream: _Stream) -> list[int]:
         """Hand on what is new. Gives the numbers that the receipt names: what was taken now or before."""
         taken: list[int] = []
+        device, ledger, mutex, hand_on = batch.device, stream.ledger, self._mutex, self._on_record
         for record in batch.records:
-            if stream.ledger.seen(record.seq):
-                with self._mutex:
+            seq = record.seq
+            if ledger.seen(seq):
+                with mutex:
                     stream.duplicates += 1
             else:
                 try:
-                    self._on_record(batch.device, record)
+                    hand_on(device, record)
                 except Exception:  # the handler is the user's: whatever it raises, the record has to come again
-                    log.exception("%s: the handler failed at record %d", batch.device, record.seq)
-                    with self._mutex:
+                    log.exception("%s: the handler failed at record %d", device, seq)
+                    with mutex:
                         self._failed += 1
                     return taken
-                with self._mutex:
-                    stream.ledger.add(record.seq)
-            taken.append(record.seq)
+                with mutex:
+                    ledger.add(seq)
+            taken.append(seq)
         return taken
 
 
 class _Notes:
-    """What a sink has seen, on disk: one row for each stream."""
+    """What a sink has seen, on disk: one row for each stream, the one that was written last at the end."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -248,33 +252,46 @@ class _Notes:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode=WAL").fetchall()
             self._db.execute("PRAGMA synchronous=FULL")
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS streams("
-                "stream TEXT PRIMARY KEY, device TEXT, duplicates INTEGER, ledger TEXT)"
-            )
+            with self._db:
+                self._db.execute("BEGIN IMMEDIATE")
+                self._make()
         except (OSError, sqlite3.Error) as error:
             raise TelemetryError(
                 f"the sink's state {path} cannot be opened: {error}", hint="name another state="
             ) from error
 
-    def load(self) -> dict[str, _Stream]:
+    def _make(self) -> None:
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS seen("
+            "device TEXT, stream TEXT, duplicates INTEGER, ledger TEXT, PRIMARY KEY(device, stream))"
+        )
+        if self._db.execute("SELECT 1 FROM sqlite_master WHERE name='streams'").fetchone():  # of an older version
+            self._db.execute("INSERT OR IGNORE INTO seen SELECT device, stream, duplicates, ledger FROM streams")
+            self._db.execute("DROP TABLE streams")
+
+    def load(self) -> _Streams:
+        streams: _Streams = {}
         try:
-            rows = self._db.execute("SELECT stream, device, duplicates, ledger FROM streams").fetchall()
-            return {
-                stream: _Stream(device=device, duplicates=duplicates, ledger=Ledger.from_json(json.loads(ledger)))
-                for stream, device, duplicates, ledger in rows
-            }
+            query = "SELECT device, stream, duplicates, ledger FROM seen ORDER BY rowid"
+            for device, stream_id, duplicates, ledger in self._db.execute(query).fetchall():
+                own = streams.pop(device, {})
+                own[stream_id] = _Stream(duplicates=duplicates, ledger=Ledger.from_json(json.loads(ledger)))
+                streams[device] = own
         except (sqlite3.Error, ValueError, TypeError) as error:
             raise TelemetryError(
                 f"the sink's state {self._path} cannot be read: {error}", hint="move it away"
             ) from error
+        return streams
 
-    def save(self, stream_id: str, stream: _Stream) -> None:
+    def save(self, device: str, stream_id: str, stream: _Stream, forgotten: Sequence[tuple[str, str]]) -> None:
         try:
-            self._db.execute(
-                "INSERT OR REPLACE INTO streams VALUES (?,?,?,?)",
-                (stream_id, stream.device, stream.duplicates, json.dumps(stream.ledger.to_json())),
-            )
+            with self._db:
+                self._db.execute("BEGIN IMMEDIATE")
+                self._db.executemany("DELETE FROM seen WHERE device=? AND stream=?", forgotten)
+                self._db.execute(
+                    "INSERT OR REPLACE INTO seen VALUES (?,?,?,?)",
+                    (device, stream_id, stream.duplicates, json.dumps(stream.ledger.to_json())),
+                )
         except sqlite3.Error as error:
             raise TelemetryError(f"the sink's state {self._path} cannot be written: {error}") from error
 
@@ -286,10 +303,10 @@ def _ignore(device: str, record: Record) -> None:
     """A handler for a sink that only counts."""
 
 
-def _count(stream_id: str, stream: _Stream) -> StreamCount:
+def _count(device: str, stream_id: str, stream: _Stream) -> StreamCount:
     ledger = stream.ledger
     return StreamCount(
-        device=stream.device,
+        device=device,
         stream=stream_id,
         since_seq=ledger.since_seq,
         last_seq=ledger.last_seq,

@@ -12,56 +12,51 @@ import logging
 import os
 import sqlite3
 import threading
-import uuid
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Final, NamedTuple
+from zlib import crc32
 
+from outrider.telemetry.claims import Claims
+from outrider.telemetry.droppable import Cap, expire
 from outrider.telemetry.record import Range, Row, to_ranges
+from outrider.telemetry.salvage import salvage
+from outrider.telemetry.spoolfile import (
+    Corrupt,
+    Lived,
+    aside,
+    aside_bytes,
+    connect,
+    delete_dropped,
+    fresh,
+    is_corruption,
+    is_no_room,
+    keep,
+    kept_bytes,
+    lock,
+    put_in_place,
+    remove_kept,
+    seal_of,
+    set_aside,
+)
+from outrider_runtimes.clock import this_boot
 from outrider_runtimes.errors import TelemetryError
 
 log = logging.getLogger(__name__)
 
+# The classes, in the order in which they are dropped: inputs, predictions, metrics, events.
+LOWEST: Final = -1
 LOW: Final = 0
 NORMAL: Final = 1
 HIGH: Final = 2
 
 # What SQLite keeps beside a body: the row's cells, its entry in the index, its share of the pages.
 ROW_OVERHEAD_BYTES: Final = 64
-_APPLICATION_ID: Final = 0x4F755472  # "OuTr"
-_SCHEMA_VERSION: Final = 1
 
-# What SQLite says of a file whose bytes were changed, beside its own word for it. A wrong version byte in the header
-# makes a file "readonly"; one that truly is has failed at the lock file before.
-_SIGNS_OF_CORRUPTION: Final = (
-    "malformed",
-    "no such table",
-    "no such column",
-    "unsupported file format",
-    "readonly database",
-)
-
-_PRAGMAS = (
-    "PRAGMA journal_mode=WAL",
-    "PRAGMA synchronous=FULL",
-    "PRAGMA journal_size_limit=4194304",
-    "PRAGMA cell_size_check=ON",
-    "PRAGMA temp_store=MEMORY",
-)
-_SCHEMA = (
-    """CREATE TABLE rows(
-        seq INTEGER PRIMARY KEY, priority INTEGER NOT NULL, size_bytes INTEGER NOT NULL, crc INTEGER NOT NULL,
-        body BLOB NOT NULL)""",
-    "CREATE INDEX droppable ON rows(priority, seq, size_bytes)",
-    """CREATE TABLE account(
-        id INTEGER PRIMARY KEY CHECK (id = 1), stream TEXT NOT NULL, clean INTEGER NOT NULL, next_seq INTEGER NOT NULL,
-        enqueued INTEGER NOT NULL, delivered INTEGER NOT NULL, pending INTEGER NOT NULL, dropped INTEGER NOT NULL,
-        pending_bytes INTEGER NOT NULL,
-        CHECK (enqueued = delivered + pending + dropped))""",
-)
+DEFAULT_MAX_BYTES: Final = 64 * 1024 * 1024  # of the records that wait
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,13 +67,19 @@ class Account:
         enqueued: committed to disk since the stream began.
         delivered: the consumer's receipt is in the spool.
         pending: waiting in the spool, in flight or not.
-        dropped: given up to stay within ``max_bytes``, or unreadable on the disk.
+        dropped: given up: the three below, and what had to go to stay within ``max_bytes``.
+        expired: of these, older than ``max_age_s``.
+        poisoned: of these, set aside because they did not come through while others did.
+        damaged: of these, whose bytes on the disk are not those that were written.
     """
 
     enqueued: int
     delivered: int
     pending: int
     dropped: int
+    expired: int = 0
+    poisoned: int = 0
+    damaged: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,8 +90,7 @@ class Draft:
     priority: int = NORMAL
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Committed:
+class Committed(NamedTuple):
     """What one transaction did: the numbers of the drafts, in order, and how many records were newly delivered."""
 
     seqs: tuple[int, ...]
@@ -98,23 +98,38 @@ class Committed:
 
 
 class Spool:
-    """A queue on disk. Safe from several threads; one process at a time.
+    """A queue on disk. Safe from several threads; one process at a time, and not over a fork.
 
     Attributes:
         path: the SQLite file; ``.lock`` beside it says which process has it.
         stream: the UUID that was made with the file.
         last_seq: the highest number given or skipped so far.
         recovered: why the file that was found could not be used and a fresh stream was begun; None when all was well.
-            The file that was found is kept as ``.corrupt``.
+            The damaged file is kept as ``.corrupt``, where it has no more than half of ``max_bytes``.
+        salvaged: how many of its records could be read and are in the fresh stream, with new numbers.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, max_bytes: int = 64 * 1024 * 1024) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        max_age_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        boot: str | None = None,
+        held: io.FileIO | None = None,
+    ) -> None:
         """Open or make the file.
 
         Args:
             path: of the file; its folder is made where it is missing.
-            max_bytes: of all pending records together, with 64 each for what SQLite keeps beside them; the file is a
-                little larger.
+            max_bytes: of all pending records together, with 64 each for what SQLite keeps beside them, and of a
+                quarantined file; the spool's own is a little larger.
+            max_age_s: records that waited longer are dropped. Counted is the time that the device was on, by its
+                monotonic clock: where it was switched off, or its spool was not open when it went down, less.
+            clock: seconds, monotonic within a boot.
+            boot: the boot's id; the kernel's when None.
+            held: its lock, where that was taken before by ``spoolfile.lock``; the spool closes it.
 
         Raises:
             TelemetryError: another process has it, the folder cannot be written, the disk is full, or a newer version
@@ -122,16 +137,26 @@ class Spool:
         """
         if max_bytes < 1:
             raise TelemetryError(f"max_bytes is {max_bytes}, expected a number above 0")
+        if max_age_s is not None and not max_age_s > 0:
+            raise TelemetryError(f"max_age_s is {max_age_s}, expected a number above 0, or None")
         self.path = Path(path)
         self.max_bytes = max_bytes
+        self.max_age_s = max_age_s
         self.recovered: str | None = None
+        self.salvaged = 0
+        self._clock = clock
+        self._boot = this_boot() if boot is None else boot
         self._mutex = threading.RLock()
-        self._held: set[int] = set()
+        self._claims = Claims(self.path)
+        self._cap = Cap(max_bytes)
         self._damaged = False
-        self._lock = _lock(self.path)
+        self.stream, self.last_seq = "", 0
+        self._lived = Lived(boot="", monotonic_ms=0, lived_ms=0)
+        self._most_bytes = self._kept_bytes = 0
+        self._process = os.getpid()
+        self._lock = lock(self.path) if held is None else held
         try:
-            self._db = self._open()
-            self.stream, self.last_seq = self._begin()
+            self._start()
         except BaseException:
             self._lock.close()
             raise
@@ -147,40 +172,45 @@ class Spool:
     def commit(self, drafts: Sequence[Draft] = (), *, lost: int = 0, ranges: Iterable[Range] = ()) -> Committed:
         """One transaction: add the drafts, skip ``lost`` numbers after them, deliver what the receipts name.
 
-        Where the records do not fit into ``max_bytes``, the oldest of the lowest priority are dropped and counted, new
-        ones included; records that are in flight stay.
+        With drafts, what waited longer than ``max_age_s`` is dropped and counted; where the rest does not fit into
+        ``max_bytes``, the oldest of the lowest priority too, new ones included. Records that are in flight stay.
 
         Raises:
             TelemetryError: nothing was changed: the disk is full or fails, or the spool is closed.
         """
-        with self._mutex, self._transaction("commit") as db:
-            delivered, freed_bytes, done = self._deliver(db, ranges)
-            first = self.last_seq + 1
-            sizes = [len(draft.body) + ROW_OVERHEAD_BYTES for draft in drafts]
-            db.executemany(
-                "INSERT INTO rows VALUES (?,?,?,?,?)",
-                (
-                    (seq, draft.priority, size, zlib.crc32(draft.body), draft.body)
-                    for seq, (draft, size) in enumerate(zip(drafts, sizes, strict=True), first)
-                ),
-            )
-            last = first + len(drafts) - 1
+        spans = tuple(ranges)
+        with self._transaction("commit") as db:
+            delivered, freed_bytes = _deliver(db, spans)
+            first, lived = self.last_seq + 1, self._lived_now()
+            rows = [
+                (seq, each.priority, len(each.body) + ROW_OVERHEAD_BYTES, crc32(each.body), each.body, lived.lived_ms)
+                for seq, each in enumerate(drafts, first)
+            ]
+            last, more_bytes = first + len(rows) - 1, sum([row[2] for row in rows]) - freed_bytes
+            db.executemany("INSERT INTO rows VALUES (?,?,?,?,?,?)", rows)
             db.execute(
                 "UPDATE account SET next_seq=?, enqueued=enqueued+?, delivered=delivered+?, pending=pending+?, "
-                "pending_bytes=pending_bytes+?",
-                (last + lost + 1, len(drafts), delivered, len(drafts) - delivered, sum(sizes) - freed_bytes),
+                "pending_bytes=pending_bytes+?, boot=?, monotonic_ms=?, lived_ms=? WHERE id=1",
+                (last + lost + 1, len(rows), delivered, len(rows) - delivered, more_bytes, *lived),
             )
-            if drafts:
-                self._evict(db)
+            most_bytes = self._most_bytes + more_bytes
+            if rows and (self.max_age_s is not None or self._cap.is_reached(most_bytes, kept_bytes=self._kept_bytes)):
+                with self._claims.dropping() as held:
+                    self._expire(db, lived, held=held)
+                    new = ((row[0], row[1]) for row in rows)
+                    most_bytes = self._cap.evict(db, most_bytes, new, held=held, kept_bytes=self._kept_bytes)
+                    db.execute("COMMIT")
+            else:
+                db.execute("COMMIT")
             # Inside the transaction's block: a failing COMMIT leaves these as they were.
-            db.execute("COMMIT")
             self.last_seq = last + lost
-            self._held.difference_update(done)
-        return Committed(seqs=tuple(range(first, last + 1)), delivered=delivered)
+            self._lived, self._most_bytes = lived, most_bytes
+            self._claims.let_go(spans)
+        return Committed(tuple(range(first, last + 1)), delivered)
 
     def peek(self, limit: int, *, after_seq: int = 0) -> list[Row]:
         """The first ``limit`` pending records above ``after_seq``, in order; nothing is changed."""
-        with self._mutex, self._reading() as db:
+        with self._reading() as db:
             query = "SELECT seq, body FROM rows WHERE seq > ? ORDER BY seq LIMIT ?"
             return [Row(seq, body) for seq, body in db.execute(query, (after_seq, limit))]
 
@@ -189,44 +219,72 @@ class Spool:
 
         A record whose bytes are not those that were written is dropped and counted.
         """
-        with self._mutex:
-            while True:
-                rows, bad = self._read_sound(limit, after_seq=after_seq, max_bytes=max_bytes)
-                if not bad:
-                    self._held.update(row.seq for row in rows)
-                    return rows
-                log.error("%s: dropped %d records whose checksum is wrong: %s", self.path, len(bad), to_ranges(bad))
-                self._drop(bad)
+        self._check_process()
+        while True:
+            self._check_open()
+            try:
+                rows, bad = self._claims.take(limit, after_seq=after_seq, max_bytes=max_bytes)
+            except sqlite3.Error as error:
+                raise self._failed("read", error) from error
+            if not bad:
+                return rows
+            log.error("%s: dropped %d records whose checksum is wrong: %s", self.path, len(bad), to_ranges(bad))
+            self._drop(bad, why="damaged")
 
     def release(self, seqs: Iterable[int]) -> None:
         """These are no longer in flight: they may be dropped or claimed again."""
-        with self._mutex:
-            self._held.difference_update(seqs)
+        with self._mine():
+            self._claims.let_go(to_ranges(sorted(seqs)))
+
+    def set_aside(self, seq: int) -> bool:
+        """A poisoned record: it is dropped and counted as such, in flight or not. False when it was not pending."""
+        with self._mine():
+            with self._reading() as db:
+                there = db.execute("SELECT 1 FROM rows WHERE seq=?", (seq,)).fetchone() is not None
+            if there:
+                self._drop([seq], why="poisoned")
+            self._claims.let_go((Range(seq, seq),))
+            return there
+
+    def expire(self) -> int:
+        """Drop what waited longer than ``max_age_s``, as each commit of records does. Gives how many."""
+        with self._transaction("expire") as db, self._claims.dropping() as held:
+            lived = self._lived_now()
+            expired = self._expire(db, lived, held=held)
+            if expired:
+                db.execute("UPDATE account SET boot=?, monotonic_ms=?, lived_ms=?", lived)
+            db.execute("COMMIT")
+            return expired
 
     def oldest_seq(self) -> int:
         """The lowest pending number; the next one to be given where nothing is pending."""
-        with self._mutex, self._reading() as db:
+        with self._reading() as db:
             (seq,) = db.execute("SELECT min(seq) FROM rows").fetchone()
             return self.last_seq + 1 if seq is None else int(seq)
 
     def account(self) -> Account:
         """The account as it is committed."""
-        with self._mutex, self._reading() as db:
-            row = db.execute("SELECT enqueued, delivered, pending, dropped FROM account").fetchone()
-            return Account(enqueued=row[0], delivered=row[1], pending=row[2], dropped=row[3])
+        with self._reading() as db:
+            names = ("enqueued", "delivered", "pending", "dropped", "expired", "poisoned", "damaged")
+            row = db.execute(f"SELECT {', '.join(names)} FROM account").fetchone()
+            return Account(**dict(zip(names, row, strict=True)))
 
     def close(self) -> None:
-        """Mark a clean stop and let go of the file. A second call does nothing."""
+        """Mark a clean stop and let go of the file. A second call does nothing, nor one in a forked child."""
+        if os.getpid() != self._process:
+            self._lock.close()  # the parent has it on, and after its end nobody
+            return
         with self._mutex:
             if self._lock.closed:
                 return
             try:
                 if not self._damaged:
-                    self._db.execute("UPDATE account SET clean=1")
-            except sqlite3.Error as error:
+                    self._stop_cleanly()
+            except TelemetryError as error:
                 # The next opening takes it for an unclean stop, which costs one number.
                 log.warning("%s: the clean stop could not be noted: %s", self.path, error)
             finally:
+                self._claims.close()
                 self._db.close()
                 self._lock.close()
 
@@ -238,96 +296,152 @@ class Spool:
     ) -> None:
         self.close()
 
-    def _open(self) -> sqlite3.Connection:
+    def _start(self) -> None:
         try:
-            return _connect(self.path)
-        except _Corrupt as error:
-            self.recovered = str(error)
-        kept = _quarantine(self.path)
-        log.error("%s: %s; kept as %s, a fresh stream begins", self.path, self.recovered, kept)
-        return _connect(self.path)
+            self._open()
+        except TelemetryError as error:
+            if not (is_no_room(error) and kept_bytes(self.path)):
+                raise
+            log.warning("%s: %s; what an earlier recovery kept is deleted", self.path, error)
+            remove_kept(self.path)
+            self._open()
 
-    def _begin(self) -> tuple[str, int]:
+    def _open(self) -> None:
+        if cut_short := aside(self.path).exists():
+            self.recovered = self.recovered or "a recovery was cut short"
+        try:
+            if not cut_short or self.path.exists():
+                if cut_short:  # in its last step
+                    keep(self.path, max_bytes=self.max_bytes // 2)
+                self._use(self.path)
+                self.salvaged = self.account().enqueued if cut_short else 0
+                return
+        except Corrupt as error:
+            self.recovered = str(error)
+        try:
+            self._recover()
+        except Corrupt as error:
+            raise TelemetryError(
+                f"the spool {self.path} is damaged again while it is recovered: {error}",
+                hint="check the health of its disk",
+            ) from error
+
+    def _use(self, path: Path) -> None:
+        self._db = connect(path)
+        try:
+            self._kept_bytes = kept_bytes(self.path)
+            self._begin()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _recover(self) -> None:
+        """Build a fresh spool with what can be read of the damaged one, which stays until that is in its place."""
+        saved = salvage(set_aside(self.path))
+        built = fresh(self.path)
+        try:
+            self._use(built)
+            try:
+                with self._reading() as db:
+                    db.execute("PRAGMA journal_mode=DELETE").fetchall()  # one file to rename, and half the room
+                kept = aside_bytes(self.path)
+                self._kept_bytes = kept if kept <= self.max_bytes // 2 else 0
+                self.salvaged = len(self.append([Draft(body=body, priority=priority) for priority, body in saved]))
+                self._stop_cleanly()
+            finally:
+                self._db.close()
+            put_in_place(self.path, built)
+        except BaseException:
+            fresh(self.path)
+            raise
+        self._cap.forget()
+        kept_as = (
+            f"kept as {self.path}.corrupt" if keep(self.path, max_bytes=self.max_bytes // 2) else "too large to keep"
+        )
+        log.error(
+            "%s: %s; %d records can be read, a fresh stream begins with them; what was found is %s",
+            *(self.path, self.recovered, len(saved), kept_as),
+        )
+        self._use(self.path)
+
+    def _begin(self) -> None:
         """Clear the mark of a clean stop; without one, burn a number: the consumer sees that something may be lost."""
         with self._transaction("open") as db:
-            stream, next_seq, clean = db.execute("SELECT stream, next_seq, clean FROM account").fetchone()
+            query = "SELECT stream, next_seq, clean, boot, monotonic_ms, lived_ms, pending_bytes FROM account"
+            stream, next_seq, clean, boot, monotonic_ms, lived_ms, pending_bytes = db.execute(query).fetchone()
             next_seq += 0 if clean else 1
             db.execute("UPDATE account SET clean=0, next_seq=?", (next_seq,))
             db.execute("COMMIT")
-        return str(stream), int(next_seq) - 1
+        self._lived = Lived(boot=boot, monotonic_ms=monotonic_ms, lived_ms=lived_ms)
+        self.stream, self.last_seq, self._most_bytes = str(stream), int(next_seq) - 1, int(pending_bytes)
 
-    def _deliver(self, db: sqlite3.Connection, ranges: Iterable[Range]) -> tuple[int, int, list[int]]:
-        done: list[int] = []
-        freed_bytes = 0
-        for first, last in ranges:
-            query = "DELETE FROM rows WHERE seq BETWEEN ? AND ? RETURNING seq, size_bytes"
-            for seq, size in db.execute(query, (first, last)).fetchall():
-                done.append(seq)
-                freed_bytes += size
-        return len(done), freed_bytes, done
-
-    def _evict(self, db: sqlite3.Connection) -> None:
-        (pending_bytes,) = db.execute("SELECT pending_bytes FROM account").fetchone()
-        excess = pending_bytes - self.max_bytes
-        if excess <= 0:
-            return
-        victims: list[int] = []
-        for seq, size in db.execute("SELECT seq, size_bytes FROM rows ORDER BY priority, seq"):
-            if seq in self._held:
-                continue
-            victims.append(seq)
-            excess -= size
-            if excess <= 0:
-                break
-        _delete_dropped(db, victims)
-
-    def _drop(self, seqs: list[int]) -> None:
-        with self._transaction("drop") as db:
-            _delete_dropped(db, seqs)
+    def _stop_cleanly(self) -> None:
+        lived = self._lived_now()
+        with self._transaction("close") as db:
+            db.execute("UPDATE account SET boot=?, monotonic_ms=?, lived_ms=?", lived)
+            db.execute("UPDATE account SET clean=1, seal=?", (seal_of(db),))
             db.execute("COMMIT")
 
-    def _read_sound(self, limit: int, *, after_seq: int, max_bytes: int) -> tuple[list[Row], list[int]]:
-        rows: list[Row] = []
-        bad: list[int] = []
-        with self._reading() as db:
-            query = "SELECT seq, crc, body FROM rows WHERE seq > ? ORDER BY seq LIMIT ?"
-            for seq, crc, body in db.execute(query, (after_seq, limit)):
-                max_bytes -= len(body)
-                if rows and max_bytes < 0:
-                    break
-                if not isinstance(body, bytes) or zlib.crc32(body) != crc:
-                    bad.append(seq)
-                else:
-                    rows.append(Row(seq, body))
-        return rows, bad
+    def _lived_now(self) -> Lived:
+        return self._lived.at(self._boot, int(self._clock() * 1000))
+
+    def _expire(self, db: sqlite3.Connection, lived: Lived, *, held: Collection[int]) -> int:
+        if self.max_age_s is None:
+            return 0
+        return expire(db, lived.lived_ms - int(self.max_age_s * 1000), held=held)
+
+    def _drop(self, seqs: list[int], *, why: str) -> None:
+        with self._transaction("drop") as db, self._claims.dropping():
+            delete_dropped(db, seqs, why=why)
+            db.execute("COMMIT")
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        if self._lock.closed:
-            raise TelemetryError(f"the spool {self.path} is closed")
-        try:
-            yield self._db
-        except sqlite3.Error as error:
-            raise self._failed("read", error) from error
+        with self._mine():
+            try:
+                yield self._db
+            except sqlite3.Error as error:
+                raise self._failed("read", error) from error
 
     @contextlib.contextmanager
     def _transaction(self, what: str) -> Iterator[sqlite3.Connection]:
         """The block ends with its own COMMIT; whatever it raises undoes it."""
+        self._check_process()
+        with self._mutex:  # as ``_mine``, which would be a second generator for each commit
+            self._check_open()
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield self._db
+            except BaseException as error:
+                self._cap.forget()
+                if self._db.in_transaction:
+                    with contextlib.suppress(sqlite3.Error):
+                        self._db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.Error):
+                    raise self._failed(what, error) from error
+                raise
+
+    @contextlib.contextmanager
+    def _mine(self) -> Iterator[None]:
+        """One thread at a time, of the process that opened it: SQLite forbids a connection that came by a fork."""
+        self._check_process()  # before the lock, which a thread of the parent may have for ever
+        with self._mutex:
+            self._check_open()
+            yield
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise TelemetryError(
+                f"the spool {self.path} was opened by process {self._process}, this is {os.getpid()}",
+                hint="open the reporter after the fork, with a device id of its own",
+            )
+
+    def _check_open(self) -> None:
         if self._lock.closed:
             raise TelemetryError(f"the spool {self.path} is closed")
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            yield self._db
-        except BaseException as error:
-            if self._db.in_transaction:
-                with contextlib.suppress(sqlite3.Error):
-                    self._db.execute("ROLLBACK")
-            if isinstance(error, sqlite3.Error):
-                raise self._failed(what, error) from error
-            raise
 
     def _failed(self, what: str, error: sqlite3.Error) -> TelemetryError:
-        if _is_corruption(error):
+        if is_corruption(error):
             # Left without the mark of a clean stop, so that the next opening examines the whole file.
             self._damaged = True
         return TelemetryError(
@@ -335,137 +449,11 @@ class Spool:
         )
 
 
-class _Corrupt(Exception):
-    """The file cannot be used; the message says why."""
-
-
-def _lock(path: Path) -> io.FileIO:
-    import fcntl
-
-    holder = path.with_name(path.name + ".lock")
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = io.FileIO(holder, "a+")
-    except OSError as error:
-        raise TelemetryError(
-            f"the spool's folder {path.parent} cannot be written: {error}",
-            hint="name one that can be written by state=",
-        ) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        pid = file.read(32).decode("ascii", "replace").strip() or "unknown"
-        file.close()
-        raise TelemetryError(
-            f"the spool {path} is in use by process {pid}",
-            hint="give each process a device id or a state directory of its own",
-        ) from None
-    with contextlib.suppress(OSError):  # who holds it is for people; on a full disk it stays unsaid
-        file.truncate(0)
-        file.write(b"%d\n" % os.getpid())
-    return file
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    """An open, examined database. Raises _Corrupt, or TelemetryError where the file is sound but cannot be used."""
-    db: sqlite3.Connection | None = None
-    try:
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
-        fresh = _identify(db, path)
-        for pragma in _PRAGMAS:  # WAL writes into the file: only when it is known to be ours
-            db.execute(pragma).fetchall()
-        if fresh:
-            _create(db)
-        else:
-            _examine(db)
-        return db
-    except BaseException as error:
-        if db is not None:
-            db.close()
-        if not isinstance(error, sqlite3.Error):
-            raise
-        if _is_corruption(error):
-            raise _Corrupt(str(error)) from error
-        raise TelemetryError(
-            f"the spool {path} cannot be opened: {error}",
-            hint="check that it may be written and that its disk is not full",
-        ) from error
-
-
-def _identify(db: sqlite3.Connection, path: Path) -> bool:
-    """Whether the file is still empty. Raises _Corrupt for another file, TelemetryError for a newer spool."""
-    (version,) = db.execute("PRAGMA user_version").fetchone()
-    (application,) = db.execute("PRAGMA application_id").fetchone()
-    (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    if application == _APPLICATION_ID and version > _SCHEMA_VERSION:
-        raise TelemetryError(
-            f"the spool {path} was written by a newer version (schema {version}, this one knows {_SCHEMA_VERSION})",
-            hint="upgrade outrider, or move the file away",
-        )
-    if not tables and not version:
-        return True
-    if application != _APPLICATION_ID or version != _SCHEMA_VERSION:
-        raise _Corrupt(f"not a spool (application {application:#x}, schema {version})")
-    return False
-
-
-def _create(db: sqlite3.Connection) -> None:
-    db.execute("BEGIN IMMEDIATE")
-    for statement in _SCHEMA:
-        db.execute(statement)
-    db.execute("INSERT INTO account VALUES (1,?,1,1,0,0,0,0,0)", (str(uuid.uuid4()),))
-    db.execute(f"PRAGMA application_id={_APPLICATION_ID}")
-    db.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
-    db.execute("COMMIT")
-
-
-def _examine(db: sqlite3.Connection) -> None:
-    """The account against the rows; after an unclean stop every page too."""
-    found = db.execute(
-        "SELECT clean, enqueued, delivered, pending, dropped, pending_bytes, next_seq FROM account"
-    ).fetchall()
-    if len(found) != 1 or not all(isinstance(value, int) and value >= 0 for value in found[0]):
-        raise _Corrupt("the account cannot be read")
-    clean, enqueued, delivered, pending, dropped, pending_bytes, next_seq = found[0]
-    rows, size_bytes, last = db.execute("SELECT count(*), coalesce(sum(size_bytes), 0), max(seq) FROM rows").fetchone()
-    if (rows, size_bytes) != (pending, pending_bytes) or enqueued != delivered + pending + dropped:
-        raise _Corrupt(f"the account says {pending} records of {pending_bytes} bytes, there are {rows} of {size_bytes}")
-    if last is not None and last >= next_seq:
-        raise _Corrupt(f"record {last} is above the next number {next_seq}")
-    if not clean:
-        (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
-        if verdict != "ok":
-            raise _Corrupt(str(verdict))
-
-
-def _delete_dropped(db: sqlite3.Connection, seqs: Sequence[int]) -> None:
-    freed_bytes = 0
-    for first, last in to_ranges(sorted(seqs)):
-        query = "DELETE FROM rows WHERE seq BETWEEN ? AND ? RETURNING size_bytes"
-        freed_bytes += sum(size for (size,) in db.execute(query, (first, last)).fetchall())
-    db.execute(
-        "UPDATE account SET pending=pending-?, dropped=dropped+?, pending_bytes=pending_bytes-?",
-        (len(seqs), len(seqs), freed_bytes),
-    )
-
-
-def _is_corruption(error: sqlite3.Error) -> bool:
-    # OperationalError is a DatabaseError too, but says that the file could not be used now, not that it is broken.
-    text = str(error)
-    return (
-        isinstance(error, sqlite3.DatabaseError)
-        and not isinstance(error, (sqlite3.OperationalError, sqlite3.ProgrammingError, sqlite3.NotSupportedError))
-    ) or any(sign in text for sign in _SIGNS_OF_CORRUPTION)
-
-
-def _quarantine(path: Path) -> Path:
-    """Set the file and its journal aside under one name, in place of what was set aside before."""
-    kept = path.with_name(path.name + ".corrupt")
-    for suffix in ("", "-wal", "-shm"):
-        Path(f"{kept}{suffix}").unlink(missing_ok=True)
-        if suffix != "-shm":
-            with contextlib.suppress(FileNotFoundError):
-                Path(f"{path}{suffix}").rename(f"{kept}{suffix}")
-    Path(f"{path}-shm").unlink(missing_ok=True)
-    return kept
+def _deliver(db: sqlite3.Connection, spans: Iterable[Range]) -> tuple[int, int]:
+    """Within a transaction: delete what the receipts name. Gives how many rows, and the bytes of them."""
+    count = freed_bytes = 0
+    for span in spans:  # RETURNING would put the rows aside first: twice the time
+        query = "SELECT coalesce(sum(size_bytes), 0) FROM rows WHERE seq BETWEEN ? AND ?"
+        freed_bytes += db.execute(query, span).fetchone()[0]
+        count += db.execute("DELETE FROM rows WHERE seq BETWEEN ? AND ?", span).rowcount
+    return count, freed_bytes
