@@ -1,6 +1,7 @@
 """What a device does with a model: install a bundle, run it, report, and ask the cloud where the board cannot answer.
 
-Importing this loads numpy and the standard library alone; what is behind a public name is imported at its first use.
+Importing this loads the errors and the standard library alone; what is behind any other public name, numpy with it, is
+imported at its first use.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from outrider._version import __version__ as __version__
 from outrider_runtimes.errors import (
     AdmissionAnswer,
     AdmissionCrash,
@@ -17,6 +19,7 @@ from outrider_runtimes.errors import (
     AdmissionLimit,
     AdmissionNaN,
     AdmissionSlow,
+    AgentError,
     BundleError,
     ConfigError,
     DeadlineExceeded,
@@ -40,44 +43,54 @@ from outrider_runtimes.errors import (
     RolledBack,
     RunnerClosed,
     RunnerError,
+    RunnerStuck,
     ShapeError,
+    SourceError,
     StateDirectoryError,
     StoreError,
     TelemetryError,
     TrustError,
+    UnknownModel,
     UnknownTensor,
     UnsupportedBundle,
 )
-from outrider_runtimes.tensors import Interface, TensorSpec
 
 if TYPE_CHECKING:
+    from outrider.admit.supervise import Limits
     from outrider.bundle import Trust
+    from outrider.events import HybridEvent
     from outrider.hybrid import Hybrid
     from outrider.installer import InstallReport, install, rollback
     from outrider.model import Model, load
     from outrider.opening import BundleInfo
-    from outrider.policy import Policy
-    from outrider.prediction import Prediction
+    from outrider.policy import Budget, Policy
+    from outrider.prediction import Failure, Prediction
     from outrider.serving import Change
-    from outrider.supervise import Limits
     from outrider.telemetry import Reporter
     from outrider_runtimes.deadline import Deadline
     from outrider_runtimes.remote import Remote
+    from outrider_runtimes.tensors import Interface, TensorSpec
+    from outrider_runtimes.tls import Tls
 
-__version__ = "0.1.0"
 
 _HOMES = {
+    "Budget": "outrider.policy",
     "BundleInfo": "outrider.opening",
     "Change": "outrider.serving",
     "Deadline": "outrider_runtimes.deadline",
+    "Failure": "outrider.prediction",
     "Hybrid": "outrider.hybrid",
+    "HybridEvent": "outrider.events",
     "InstallReport": "outrider.installer",
-    "Limits": "outrider.supervise",
+    "Interface": "outrider_runtimes.tensors",
+    "Limits": "outrider.admit.supervise",
     "Model": "outrider.model",
     "Policy": "outrider.policy",
     "Prediction": "outrider.prediction",
     "Remote": "outrider_runtimes.remote",
     "Reporter": "outrider.telemetry",
+    "TensorSpec": "outrider_runtimes.tensors",
+    "Tls": "outrider_runtimes.tls",
     "Trust": "outrider.bundle",
     "install": "outrider.installer",
     "load": "outrider.model",
@@ -93,6 +106,8 @@ __all__ = [
     "AdmissionLimit",
     "AdmissionNaN",
     "AdmissionSlow",
+    "AgentError",
+    "Budget",
     "BundleError",
     "BundleInfo",
     "Change",
@@ -101,8 +116,10 @@ __all__ = [
     "DeadlineExceeded",
     "DtypeError",
     "EngineError",
+    "Failure",
     "FormatError",
     "Hybrid",
+    "HybridEvent",
     "InferenceError",
     "InputError",
     "InstallReport",
@@ -128,13 +145,17 @@ __all__ = [
     "RolledBack",
     "RunnerClosed",
     "RunnerError",
+    "RunnerStuck",
     "ShapeError",
+    "SourceError",
     "StateDirectoryError",
     "StoreError",
     "TelemetryError",
     "TensorSpec",
+    "Tls",
     "Trust",
     "TrustError",
+    "UnknownModel",
     "UnknownTensor",
     "UnsupportedBundle",
     "install",

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import platform
 import secrets
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -16,31 +14,40 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from outrider.admit.strangers import ask_child, broken_strangers
 from outrider.bundle import find_trust, key_id
+from outrider.installer import admissions_of
 from outrider.store import Store, find_state_dir
 from outrider.store.blobs import is_whole
 from outrider_runtimes.board import this_board
 from outrider_runtimes.deadline import Deadline
 from outrider_runtimes.engines import Engine, find_engines
-from outrider_runtimes.engines.onnxruntime import has_nvidia_gpu
-from outrider_runtimes.environment import child_environment
+from outrider_runtimes.engines.onnxruntime import ACCELERATED, has_nvidia_gpu
 from outrider_runtimes.errors import OutriderError, StateDirectoryError
 from outrider_runtimes.heat import read_heat
+
+if TYPE_CHECKING:
+    from outrider_runtimes.tls import Tls
 
 Status = Literal["ok", "warning", "broken"]
 
 NETWORK_MS = 5000.0
-IMPORT_S = 60.0
 SOONEST_S = 1_735_689_600.0  # 2025-01-01: a clock that says an earlier time was never set
 HOT_C = 80.0  # where a Raspberry Pi begins to slow down
 LITTLE_SPACE, NO_SPACE = 200 * 2**20, 20 * 2**20
 LITTLE_MEMORY = 64 * 2**20
-TIME_ERROR = 5  # what adjtimex(2) returns for a clock that nothing synchronises
 ABSENT = "not installed"
+_WORKS = """
+from outrider_runtimes.engines import engine_named
+engine = engine_named(sys.argv[1])
+reason = engine.check()
+print(reason or engine.version())
+sys.exit(REFUSED if reason else 0)
+"""
 ENGINE_PACKAGES = ("onnxruntime", "ai_edge_litert", "tflite_runtime")
 
 
@@ -73,6 +80,8 @@ class Patient:
     Attributes:
         state, trust: as in ``outrider.load``.
         broker: ``mqtt://...``; not looked at where it is None.
+        login: who logs in there, and the password; None for nobody.
+        tls: the certificates for ``mqtts://``; None for the system's.
         endpoint: a URL, with a model's name at its end or without; not looked at where it is None.
         token: the endpoint's.
         root: where ``proc``, ``sys`` and ``dev`` are.
@@ -84,6 +93,8 @@ class Patient:
     state: Path | None = None
     trust: Path | None = None
     broker: str | None = None
+    login: tuple[str, str | None] | None = None
+    tls: Tls | None = None
     endpoint: str | None = None
     token: str | None = None
     root: Path = Path("/")
@@ -106,15 +117,6 @@ def examine(patient: Patient) -> list[Check]:
     return checks
 
 
-def clock_is_synchronised() -> bool | None:
-    """What the kernel says of its clock, whichever daemon keeps it; None where it cannot be asked."""
-    try:
-        answer = ctypes.CDLL(None, use_errno=True).adjtimex(ctypes.create_string_buffer(1024))
-    except (OSError, AttributeError):
-        return None
-    return None if answer < 0 else answer != TIME_ERROR
-
-
 def _python(_: Patient) -> Iterable[Check]:
     found = f"Python {platform.python_version()}, outrider {metadata.version('outrider')}, numpy {np.__version__}"
     if not (3, 10) <= sys.version_info[:2] <= (3, 13):
@@ -131,7 +133,8 @@ def _python(_: Patient) -> Iterable[Check]:
 
 def _engines(patient: Patient) -> Iterable[Check]:
     """Each engine in a child of its own: importing one may be what kills a process."""
-    engines = find_engines(patient.root)
+    broken = broken_strangers()
+    engines = find_engines(patient.root, left_out=broken)
     checks = [_engine(engine) for engine in engines]
     working = {
         format
@@ -154,6 +157,8 @@ def _engines(patient: Patient) -> Iterable[Check]:
             cure="pip install 'outrider[onnx]' or 'outrider[tflite]'",
         )
     yield from checks
+    for name, (cause, cure) in broken.items():
+        yield Check(name=f"engine {name}", status="broken", found="", cause=cause, cure=cure)
     yield from duplicates(metadata.packages_distributions())
 
 
@@ -176,37 +181,17 @@ def duplicates(distributions: Mapping[str, Iterable[str]]) -> Iterable[Check]:
 
 def _engine(engine: Engine) -> Check:
     name = f"engine {engine.name}"
-    script = "import sys; from outrider_runtimes.engines import engine_named as e; x = e(sys.argv[1]); "
-    script += "r = x.check(); print(r or x.version()); sys.exit(3 if r else 0)"
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", script, engine.name],
-            capture_output=True,
-            text=True,
-            timeout=IMPORT_S,
-            cwd="/",
-            env=child_environment(sys.path, os.environ),
-        )
-    except subprocess.TimeoutExpired:
-        return Check(
-            name=name,
-            status="broken",
-            found="",
-            cause=f"importing it did not end within {IMPORT_S:g} s",
-            cure="pip install --force-reinstall it",
-        )
-    said = done.stdout.strip().splitlines()[-1:] or [""]
-    if done.returncode == 0:
-        return Check(name=name, status="ok", found=f"version {said[0]}")
-    if done.returncode != 3:
-        cause = f"importing it kills the process (exit code {done.returncode})"
-        cure = "its wheel is made for another CPU or system: install an older version, or the board vendor's wheel"
-        return Check(name=name, status="broken", found="", cause=cause, cure=cure)
-    reason, _, cure = said[0].partition("; ")
+    heard = ask_child(_WORKS, engine.name)
+    if heard.cause:
+        return Check(name=name, status="broken", found="", cause=heard.cause, cure=heard.cure)
+    if not heard.refused:
+        return Check(name=name, status="ok", found=f"version {heard.said}")
+    reason, _, cure = heard.said.partition("; ")
     absent = reason.endswith("is not installed")
     return Check(
         name=name,
-        status="warning" if absent else "broken",
+        # A way onto a GPU that does not start costs speed; the processor answers.
+        status="warning" if absent or engine.name in {way.name for way in ACCELERATED} else "broken",
         found=ABSENT if absent else "",
         cause=reason,
         cure=cure,
@@ -303,6 +288,7 @@ def _installed(store: Store, name: str) -> Check:
     cure = "install the bundle again: `outrider install BUNDLE`"
     try:
         installed = store.installed(name)
+        admissions_of(installed)
     except OutriderError as error:
         return Check(name=f"bundle {name}", status="broken", found="", cause=str(error), cure=error.hint or cure)
     found = f"version {installed.manifest.version}"
@@ -333,11 +319,19 @@ def _trust(patient: Patient) -> Iterable[Check]:
 def _broker(patient: Patient) -> Iterable[Check]:
     if patient.broker is None:
         return
-    from outrider.telemetry.mqtt import Connection, Handlers, parse_broker
+    from outrider.telemetry.linked import connection_to
+    from outrider.telemetry.mqtt import Handlers
 
-    broker, up = parse_broker(patient.broker), threading.Event()
-    handlers = Handlers(up=up.set)
-    connection = Connection(broker, client_id=f"outrider-doctor-{secrets.token_hex(4)}", handlers=handlers)
+    up = threading.Event()
+    connection = connection_to(
+        patient.broker,
+        tls=patient.tls,
+        credentials=patient.login,
+        client_id=f"outrider-doctor-{secrets.token_hex(4)}",
+        handlers=Handlers(up=up.set),
+        subscriptions=(),
+    )
+    broker = connection.broker
     connection.start()
     try:
         reached = up.wait(NETWORK_MS / 1000)

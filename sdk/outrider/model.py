@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from outrider.admission import Admission
+from outrider.admit.admission import Admission
 from outrider.bundle import Trust, check_trust, find_trust
 from outrider.opening import BundleInfo, Isolation, Opened, Wanted, admission_here, candidates, open_choice
-from outrider.prediction import OnPrediction, Prediction, Watchers
+from outrider.prediction import Failure, OnFailure, OnPrediction, Prediction, Watchers, failure_of
 from outrider.store import Installed, Store, find_state_dir
 from outrider_runtimes.bound import BoundSession
 from outrider_runtimes.deadline import Deadline
@@ -27,7 +26,8 @@ from outrider_runtimes.errors import (
     RunnerClosed,
     StoreError,
 )
-from outrider_runtimes.runner import Answer, Drop, Served, wait
+from outrider_runtimes.options import require_kind
+from outrider_runtimes.runner import CLOSE_TIMEOUT_S, Answer, Drop, Served, wait
 from outrider_runtimes.tensors import Array, Finite, Interface, Tensors, by_name
 
 # What an installed bundle does not need up to its first answer is imported where it is used: a start is short.
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BundleInfo", "Model", "Prediction", "load"]
 
+QUEUE_SIZE = 8  # requests that wait beside the one that runs; a board's own calls seldom are more
 MAX_CHANGES = 32  # that a model remembers
 
 
@@ -54,6 +55,7 @@ def load(
     threads: int | None = None,
     isolation: Isolation = "thread",
     drop: Drop = "newest",
+    queue_size: int = QUEUE_SIZE,
     finite: Finite = "reject",
     ladder: Sequence[str] | None = None,
     latency_ms: float | None = None,
@@ -72,6 +74,7 @@ def load(
         isolation: ``"process"`` runs the engine in a child: one that crashes, or is stuck beyond its deadline, is
             killed and replaced, and the next call is answered. A call costs some 0.1 ms and a copy of its tensors more.
         drop: which request is refused when too many wait; see ``Worker``.
+        queue_size: how many may wait beside the one that runs.
         finite: what becomes of inputs with NaN or infinite values: ``"reject"`` refuses the call, ``"clip"`` brings
             infinities to the nearest number that the input allows and refuses NaN, ``"pass"`` does not look.
         ladder: names of variants, the best one first. While the board is too hot, or slowed down, for calls to hold
@@ -84,20 +87,23 @@ def load(
     Raises:
         NotInstalled: there is no bundle of that name.
         TrustError: no key that is trusted now signed it.
-        ConfigError: the bundle has no such variant, ``threads`` is not from 1 to 1024, or another option is no word of
-            its own.
+        ConfigError: the bundle has no such variant, ``threads`` is not from 1 to 1024, or another option is not what
+            is said here.
         NoEngine: there is no such engine, or it does not run that variant here; says what does.
         MissingExtra: the engine that was asked for was installed once and is not any more.
         OutriderError: what ``install`` raises, where it is installed first.
     """
-    root = find_state_dir(state)
+    require_kind("source", source, (str, Path), "the name of a bundle that is installed, or the path of one")
+    root = find_state_dir(state, writing=False)
     found = find_trust(trust, root)
     store = Store(root)
     if ladder is not None:
         variant = _first_rung(ladder, latency_ms, variant)
+    elif latency_ms is not None or ladder_resident:
+        raise ConfigError("latency_ms and ladder_resident are for a ladder, and there is none", hint="ladder=[...]")
     wanted = Wanted(engine=engine, variant=variant, threads=threads, isolation=isolation, finite=finite)
-    loader = _Loader(store, found, wanted, drop=drop)
-    installed = _of_path(store, Path(source), found) if _is_path(source) else _of_name(store, str(source))
+    loader = _Loader(store, found, wanted, drop=drop, queue_size=queue_size)
+    installed = _of_path(store, Path(source), found) if is_path(source) else _of_name(store, str(source))
     serving, changes = loader.start(installed)
     if ladder is not None:
         serving = loader.climbing(serving, ladder, latency_ms or 0.0, resident=ladder_resident)
@@ -116,7 +122,7 @@ def _first_rung(ladder: Sequence[str], latency_ms: float | None, variant: str | 
 class _Loader:
     """One ``load``: what was asked for, and the steps to a Model of it."""
 
-    def __init__(self, store: Store, trust: Trust, wanted: Wanted, *, drop: Drop) -> None:
+    def __init__(self, store: Store, trust: Trust, wanted: Wanted, *, drop: Drop, queue_size: int) -> None:
         for name, word, words in (
             ("isolation", wanted.isolation, get_args(Isolation)),
             ("drop", drop, get_args(Drop)),
@@ -124,10 +130,16 @@ class _Loader:
         ):
             if word not in words:
                 raise ConfigError(f"{name} is {word!r:.40}, expected {' or '.join(map(repr, words))}")
+        require_kind("engine", wanted.engine, (str, type(None)), "the name of one, or None")
+        require_kind("variant", wanted.variant, (str, type(None)), "the name of one, or None")
+        if type(queue_size) is not int or queue_size < 0:
+            raise ConfigError(f"queue_size is {queue_size!r:.40}, expected a whole number of 0 or more")
         self._store = store
         self._trust = trust
         self._drop: Drop = drop
+        self._queue_size = queue_size
         self._model: Model | None = None
+        self._tried_by = Deadline.after_ms(None)
         self._admissions: dict[tuple[str, str | None], Admission] = {}
         self._wanted = replace(wanted, stuck=self._is_stuck)
 
@@ -136,7 +148,12 @@ class _Loader:
         wanted = wanted or self._wanted
         where = f"{installed.name!r} in {self._store.root}"
         verified = check_trust(where, installed.signatures, self._trust) or installed.verified
-        return open_choice(installed, self._admission(installed, wanted.engine), wanted, verified=verified)
+        opened = open_choice(installed, self._admission(installed, wanted.engine), wanted, verified=verified)
+        if installed.on_trial:
+            from outrider.admit.supervise import Limits
+
+            self._tried_by = Deadline.after_ms(Limits.wall_s * 1e3)
+        return opened
 
     def _admission(self, installed: Installed, engine: str | None) -> Admission:
         """Found, or measured, once: ``installed`` is what was read before."""
@@ -197,16 +214,23 @@ class _Loader:
             threads=opened.choice.threads,
             expected_ms=opened.choice.p50_ms,
             offload=opened.installed.manifest.offload,
+            cloud_only=opened.installed.manifest.cloud_only,
             changes=changes,
             drop=self._drop,
+            queue_size=self._queue_size,
+            batches=opened.batches,
+            finite=self._wanted.finite,
         )
         return self._model
 
     def _is_stuck(self) -> bool:
-        return self._model is not None and self._model.sick
+        """Before there is a model, what runs is a fresh bundle's golden inputs: no longer than at its admission."""
+        model = self._model
+        return self._tried_by.passed if model is None else model.sick or model.overdue
 
 
-def _is_path(source: str | Path) -> bool:
+def is_path(source: str | Path) -> bool:
+    """Whether ``load`` takes ``source`` for a bundle's path, not for the name of what is installed."""
     return isinstance(source, Path) or source.endswith(".outrider") or "/" in source
 
 
@@ -214,16 +238,10 @@ def _of_name(store: Store, name: str) -> Installed:
     try:
         return store.installed(name)
     except NotInstalled as error:
-        if _is_file(name):
-            raise NotInstalled(str(error), hint=f"for the file of that name, pass {'./' + name!r}") from None
+        with suppress(OSError):  # a name that is too long for a file
+            if Path(name).is_file():
+                raise NotInstalled(str(error), hint=f"for the file of that name, pass {'./' + name!r}") from None
         raise
-
-
-def _is_file(name: str) -> bool:
-    try:
-        return Path(name).is_file()
-    except OSError:  # a name that is too long for a file
-        return False
 
 
 def _of_path(store: Store, path: Path, trust: Trust) -> Installed:
@@ -265,16 +283,23 @@ class Model:
         threads: int,
         expected_ms: float | None = None,
         offload: OffloadRule | None = None,
+        cloud_only: bool = False,
         changes: Sequence[Change] = (),
         drop: Drop = "newest",
+        queue_size: int = QUEUE_SIZE,
+        batches: Mapping[str, Any] | None = None,
+        finite: Finite = "reject",
     ) -> None:
         """Take over a session.
 
         Args:
             expected_ms: what one call took at install, the estimate until calls were measured here.
             offload: which answers are uncertain, as the bundle says it.
+            cloud_only: its task belongs to the cloud, as the bundle says it.
             changes: what was changed before it came here.
-            drop: see ``Worker``.
+            drop, queue_size: see ``Worker``.
+            batches: what several rows in one call took at install, a ``BatchCurve`` as JSON has it.
+            finite: as the session has it; see ``load``.
         """
         self.interface: Interface = session.interface
         self.bundle = bundle
@@ -282,6 +307,10 @@ class Model:
         self.engine = engine
         self.threads = threads
         self.offload = offload
+        self.batches = batches
+        self.finite: Finite = finite
+        self.cloud_only = cloud_only
+        self._rules = {bundle.digest: offload}
         self._session = session
         self._run: Callable[[Tensors], Answer] = session.run
         self._expected_ms = expected_ms
@@ -289,10 +318,13 @@ class Model:
         self._changes: deque[Change] = deque(changes, MAX_CHANGES)
         self._change_watchers: Watchers[Change] = Watchers("on_change")
         self._drop: Drop = drop
+        self._queue_size = queue_size
         self._watchers = Watchers[Prediction]()
+        self._failure_watchers: Watchers[Failure] = Watchers("on_failure")
         self._lock = threading.Lock()
         self._worker: Worker | None = None
         self._closed = False
+        self._ends = Deadline.after_ms(None)
         if not isinstance(session, BoundSession):
             session.on_change(self._changed)
 
@@ -307,13 +339,23 @@ class Model:
         worker = self._worker
         return worker is not None and worker.sick
 
-    def infer(self, inputs: Tensors | Array, *, deadline_ms: float | None = None) -> Prediction:
+    @property
+    def overdue(self) -> bool:
+        """Whether ``close`` has waited long enough for the call that runs, if one does."""
+        return self._ends.passed
+
+    def rule_of(self, served: Served | None) -> OffloadRule | None:
+        """What was certified of the bundle that gave an answer; None for nothing. ``served``: as the answer says it."""
+        return self._rules.get(self._served.bundle if served is None else served.bundle)
+
+    def infer(self, inputs: Tensors | Array, *, deadline_ms: float | None = None, private: bool = False) -> Prediction:
         """Answer one request.
 
         Args:
             inputs: every input of the interface by name; where there is one input, its array alone will do.
             deadline_ms: raise DeadlineExceeded when there is no answer by then, whatever the engine does. The first
                 call with one starts the model's own thread as well, which takes some milliseconds of it.
+            private: as ``Hybrid.infer`` has it. A model sends nothing anyway.
 
         Raises:
             InputError: an input is not what the interface says; nothing was run.
@@ -321,11 +363,15 @@ class Model:
             DeadlineExceeded, QueueFull: only with a deadline.
             RunnerClosed: the model was closed.
         """
-        named = inputs if type(inputs) is dict else by_name(self.interface, inputs)
-        if deadline_ms is None:
-            answer = self._run_here(named)
-        else:
-            answer = self._run_within(named, Deadline.after_ms(deadline_ms))
+        try:
+            named = inputs if type(inputs) is dict else by_name(self.interface, inputs)
+            if deadline_ms is None:
+                answer = self._run_here(named)
+            else:
+                answer = self._run_within(named, Deadline.after_ms(deadline_ms))
+        except Exception as error:
+            self.tell_failure(error, inputs)
+            raise
         served = answer.served or self._served
         prediction = Prediction(
             outputs=answer.outputs,
@@ -349,7 +395,7 @@ class Model:
         return Stream(self, initial=initial)
 
     def submit(self, inputs: Tensors, deadline: Deadline) -> Future[Answer]:
-        """Queue one request on the model's own thread; see ``Runner.submit``. Calls no ``on_prediction`` callback."""
+        """Queue one request on the model's own thread; see ``Runner.submit``. It calls no callback."""
         worker = self._worker
         return (self._start_worker() if worker is None else worker).submit(inputs, deadline)
 
@@ -370,6 +416,15 @@ class Model:
         """
         return self._watchers.add(callback)
 
+    def on_failure(self, callback: OnFailure) -> Callable[[], None]:
+        """Call ``callback`` with the Failure of each ``infer`` that raises; else as ``on_prediction``. A call that is
+        broken off, by KeyboardInterrupt, is neither answered nor failed."""
+        return self._failure_watchers.add(callback)
+
+    def tell_failure(self, error: Exception, inputs: Tensors | Array) -> None:
+        """Tell of a call that ``error`` ended before ``infer`` had it, as a Stream's may; see ``on_failure``."""
+        self._failure_watchers.tell(failure_of(error, self.interface, inputs))
+
     def on_change(self, callback: OnChange) -> Callable[[], None]:
         """Call ``callback`` with each Change from now on, in the thread that makes it; returns what takes it off.
 
@@ -378,30 +433,36 @@ class Model:
         return self._change_watchers.add(callback)
 
     def close(self) -> None:
-        """Free the model; waiting requests end with RunnerClosed. Again is harmless."""
+        """Free the model; waiting requests end with RunnerClosed. Again is harmless.
+
+        The call that runs may end, but a stuck one is not waited for beyond 5 s where it can be left: with
+        ``isolation="process"``, which kills it, and where it has a deadline.
+        """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
             self._run = _refuse
             worker = self._worker
-        if worker is None:
-            self._session.close()
-        else:
-            worker.close()  # frees the session, and does not wait for a call that is stuck in it
+        self._ends = Deadline.after_ms(CLOSE_TIMEOUT_S * 1e3)
+        if not isinstance(self._session, BoundSession):
+            self._session.leave()
+        # A worker frees the session, and does not wait for a call that is stuck in it.
+        (self._session if worker is None else worker).close()
 
     def __enter__(self) -> Model:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
         return f"<Model {self.bundle.name} v{self.bundle.version}: {self.variant} on {self.engine}>"
 
     def _changed(self, opened: Opened, change: Change) -> None:
+        manifest = opened.installed.manifest
+        self._rules[opened.served.bundle] = self.offload = manifest.offload
+        self.cloud_only = manifest.cloud_only
         self._served, self.bundle = opened.served, opened.info
         self.variant, self.engine, self.threads = opened.choice.variant, opened.choice.engine, opened.choice.threads
         self._expected_ms = opened.choice.p50_ms
@@ -429,7 +490,7 @@ class Model:
             if self._worker is None:
                 from outrider_runtimes.worker import Worker
 
-                self._worker = Worker(self._session, drop=self._drop)
+                self._worker = Worker(self._session, queue_size=self._queue_size, drop=self._drop)
             return self._worker
 
 

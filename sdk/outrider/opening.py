@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
-from outrider.admission import Admission, Choice, Measured, choose, remember, remembered, same_board
+from outrider.admit.admission import (
+    MAX_THREADS,
+    Admission,
+    Choice,
+    Measured,
+    batches_of,
+    choose,
+    remember,
+    remembered,
+    same_board,
+)
 from outrider.store import Installed, Store
 from outrider_runtimes.board import this_board
 from outrider_runtimes.bound import BoundSession
 from outrider_runtimes.engines import Session, engine_named
-from outrider_runtimes.errors import AdmissionError, ConfigError, MissingExtra, NoEngine
+from outrider_runtimes.errors import AdmissionError, ConfigError, MissingExtra, NoEngine, StoreError
 from outrider_runtimes.nouns import dataclass
 from outrider_runtimes.runner import Served
 from outrider_runtimes.tensors import Finite
 
 Isolation = Literal["thread", "process"]
-MAX_THREADS = 1024  # an engine starts each of them at once; far more take minutes and the machine's memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +58,8 @@ class Wanted:
 class Opened:
     """A loaded choice of an installed bundle. Whoever holds it closes ``session``.
 
-    ``raw`` is the engine's session under ``session``; ``bound_ms`` the latency bound of its install.
+    ``raw`` is the engine's session under ``session``; ``bound_ms`` the latency bound of its install; ``batches`` what
+    was measured of several rows in one call of this choice, a ``BatchCurve`` as JSON has it.
     """
 
     session: BoundSession
@@ -58,6 +68,7 @@ class Opened:
     choice: Choice
     bound_ms: float | None
     installed: Installed
+    batches: Mapping[str, Any] | None = None
 
     @property
     def info(self) -> BundleInfo:
@@ -80,14 +91,14 @@ def admission_here(store: Store, installed: Installed, *, engine: str | None = N
 
     Raises:
         AdmissionError: it does not pass with the engine or on the board of now.
-        StoreError: what the store kept is malformed, or cannot be written.
+        StoreError: what the store kept is malformed.
     """
     known = remembered(installed.choice)
     board = this_board().to_dict()
     for admission in known:
         if same_board(admission.board, board) and _same_version(admission, engine or admission.choice.engine):
             return admission
-    from outrider.admit import admit  # here alone: nearly every load is done before
+    from outrider.admit.admit import admit  # here alone: nearly every load is done before
 
     what = "the board" if not same_board(known[0].board, board) else f"{engine or known[0].choice.engine}'s version"
     import logging
@@ -102,7 +113,10 @@ def admission_here(store: Store, installed: Installed, *, engine: str | None = N
         versions = ", ".join(f"{name} {version}" for name, version in known[0].engines.items())
         error.hint = f"it passed when it was installed, with {versions}; go back to those, or export it again"
         raise
-    store.rechoose(installed.name, installed.digest, remember(admission, known))
+    try:
+        store.rechoose(installed.name, installed.digest, remember(admission, known))
+    except StoreError as error:  # a full or read-only disk keeps nothing from serving
+        log.warning("%s: what was measured cannot be kept: %s", installed.name, error)
     return admission
 
 
@@ -140,6 +154,7 @@ def open_choice(installed: Installed, admission: Admission, wanted: Wanted, *, v
             choice=choice,
             bound_ms=admission.bound_ms,
             installed=installed,
+            batches=batches_of(admission, choice),
         )
     raise gone[0]
 
@@ -157,7 +172,7 @@ def _prepared(installed: Installed, choice: Choice, wanted: Wanted) -> Session:
 def candidates(installed: Installed, admission: Admission, wanted: Wanted) -> list[Choice]:
     """What may serve, best first: one where the caller named it, all that were measured where nothing was named."""
     engine, variant, threads = wanted.engine, wanted.variant, wanted.threads
-    if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS):
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
         raise ConfigError(f"threads is {threads!r:.40}, expected a whole number from 1 to {MAX_THREADS}")
     names = [each.name for each in installed.manifest.variants]
     if variant is not None and variant not in names:

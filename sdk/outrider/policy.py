@@ -1,26 +1,25 @@
 """When to call the cloud: pure functions of measured state and a clock. Nothing here sleeps, reads or writes.
 
-``route`` decides before the edge runs, ``review`` after it answered; the circuit breaker is a value with pure
-transitions. Both decisions are shared constants, so that a decision allocates nothing.
+``route`` decides before the edge runs, ``review`` after it answered, ``rescue`` where it has no answer. Decisions are
+shared constants, so that a decision allocates nothing.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass, field
 from typing import Literal
 
+from outrider.breaker import CLOSED, Breaker, may_call
 from outrider_runtimes.deadline import LONGEST_MS
 from outrider_runtimes.errors import ConfigError
-
-# The devices of a fleet lose the cloud together; a quarter of the wait is spread so that they do not return together.
-JITTER_SHARE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """What may be sent to the cloud. A request counts the bytes of its inputs and of the outputs that came back; what
-    the protocol adds is not counted.
+    the protocol adds is not counted, nor what a Remote sends again.
 
     Attributes:
         requests_per_hour, requests_per_day, bytes_per_hour, bytes_per_day: None for any number. Hours and days are
@@ -60,6 +59,18 @@ class Spent:
     day_bytes: int = 0
 
 
+SWITCHES = (
+    "obey_certified",
+    "obey_cloud_only",
+    "offload_when_queued",
+    "offload_beyond_shape",
+    "offload_when_failed",
+    "offload_when_throttled",
+    "offload_when_low_power",
+)
+RESCUES = {"queue": "offload_when_queued", "shape": "offload_beyond_shape", "edge_failed": "offload_when_failed"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """When a request leaves the board, and for how long the cloud is left alone when it fails.
@@ -71,12 +82,27 @@ class Policy:
             the bundle has one; else nothing is judged.
         output: the output that ``min_margin`` judges: logits, float [..., classes]; None for the only one.
         obey_certified: False leaves answers unjudged where ``min_margin`` is 0.0.
+        obey_cloud_only: ask the cloud first for what the bundle marks as a task of the cloud; the board's answer is
+            then ``edge_degraded``.
         offload_when_queued: ask the cloud first when the board's queue and measured latency say that the deadline
-            cannot be met here, and the measured round trip says that it can be met there.
+            cannot be met here, and the measured round trip says that it can be met there; also when the queue is full.
+        offload_beyond_shape: ask the cloud for a size that the interface leaves free and the board's file does not
+            take.
+        offload_when_failed: ask the cloud when the board's engine fails.
+        hot_c: ask the cloud first, and spare the board, from this temperature on; None for never.
+        offload_when_throttled: the same while the board's processor is slowed down for its heat.
+        offload_when_low_power: the same while its supply is too weak, or it runs on a battery that has at most
+            ``low_battery`` left, 0.0 to 1.0.
+        audit_share: this share of the confident answers, drawn by chance, is sent to the cloud too, to see whether what
+            was certified still holds; see ``Hybrid.on_event``. The board's answer is given back without waiting.
+        audit_allowed: the share of confident answers in which the cloud may say otherwise; None for what the bundle's
+            export wrote: its alpha, and the share in which its teacher was wrong.
         hedge_after_ms: when the board has not answered after so long, the cloud is asked too, and the first answer is
             taken; None never does that.
         reserve_ms: kept back of the deadline to hand out the edge's answer when the cloud is late; covers waking up
             the caller's thread on a busy board.
+        private: nothing that is passed ever leaves the board, whatever else is said here: every call is as with
+            ``infer(private=True)``, and the cloud is not even asked for its interface.
         budget: what may be sent to the cloud in an hour and in a day; None for any amount.
         failures_in_a_row: so many open the circuit.
         window: half of so many last attempts failed: the circuit opens as well.
@@ -92,9 +118,19 @@ class Policy:
     min_margin: float = 0.0
     output: str | None = None
     obey_certified: bool = True
+    obey_cloud_only: bool = True
     offload_when_queued: bool = True
+    offload_beyond_shape: bool = True
+    offload_when_failed: bool = True
+    hot_c: float | None = 80.0
+    offload_when_throttled: bool = True
+    offload_when_low_power: bool = True
+    low_battery: float = 0.2
+    audit_share: float = 0.0
+    audit_allowed: float | None = None
     hedge_after_ms: float | None = None
     reserve_ms: float = 2.0
+    private: bool = False
     budget: Budget | None = None
     failures_in_a_row: int = 5
     window: int = 10
@@ -102,20 +138,29 @@ class Policy:
     open_max_s: float = 60.0
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, (int, float)) and isinstance(value, numbers.Real):
+                object.__setattr__(self, name, float(value))  # numpy's float32 would lend its precision to clocks
         if self.deadline_ms is not None:
             _require(_number(self.deadline_ms) and self.deadline_ms > 0, self, "deadline_ms", "above 0, or None")
         _require(_number(self.min_margin) and 0 <= self.min_margin <= 1, self, "min_margin", "from 0 to 1")
         _require(self.output is None or isinstance(self.output, str), self, "output", "an output's name, or None")
-        _require(isinstance(self.obey_certified, bool), self, "obey_certified", "True or False")
+        for name in (*SWITCHES, "private"):
+            _require(isinstance(getattr(self, name), bool), self, name, "True or False")
         _require(self.budget is None or isinstance(self.budget, Budget), self, "budget", "a Budget, or None")
-        _require(isinstance(self.offload_when_queued, bool), self, "offload_when_queued", "True or False")
+        _require(self.hot_c is None or _number(self.hot_c), self, "hot_c", "degrees Celsius, or None")
+        for name in ("low_battery", "audit_share"):
+            value = getattr(self, name)
+            _require(_number(value) and 0 <= value <= 1, self, name, "from 0 to 1")
+        allowed = self.audit_allowed
+        _require(allowed is None or (_number(allowed) and 0 < allowed < 1), self, "audit_allowed", "between 0 and 1")
         if self.hedge_after_ms is not None:
             positive = _number(self.hedge_after_ms) and self.hedge_after_ms >= 0
             _require(positive, self, "hedge_after_ms", "0 or more, or None")
         _require(_number(self.reserve_ms) and self.reserve_ms >= 0, self, "reserve_ms", "0 or more")
-        _require(
-            self.deadline_ms is None or self.reserve_ms < self.deadline_ms, self, "reserve_ms", "below deadline_ms"
-        )
+        if self.deadline_ms is not None:
+            below, hint = f"below deadline_ms, {self.deadline_ms!r}", f"reserve_ms={self.deadline_ms / 4:g}"
+            _require(self.reserve_ms < self.deadline_ms, self, "reserve_ms", below, hint=hint)
         _require(_count(self.failures_in_a_row), self, "failures_in_a_row", "a whole number of 1 or more")
         _require(_count(self.window) and self.window <= 1024, self, "window", "a whole number from 1 to 1024")
         _require(_number(self.open_s) and self.open_s > 0, self, "open_s", "above 0")
@@ -123,25 +168,23 @@ class Policy:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Breaker:
-    """A circuit breaker at one moment; the functions below make the next.
+class Strain:
+    """What strains the board.
 
     Attributes:
-        streak: failures since the last success.
-        recent: the last ``window`` attempts as bits, the newest lowest, 1 for failed; what has not happened yet is 0.
-        opened: how often it opened since the last success.
-        until_s: open until then, half-open afterwards; None when closed.
-        probing: half-open, and the one probe is under way.
+        celsius: of its hottest part; None where nothing says so.
+        throttled: its processor is slowed down.
+        undervolted: its supply is too weak.
+        battery: what is left, 0.0 to 1.0, while it runs on one; else None.
     """
 
-    streak: int = 0
-    recent: int = 0
-    opened: int = 0
-    until_s: float | None = None
-    probing: bool = False
+    celsius: float | None = None
+    throttled: bool = False
+    undervolted: bool = False
+    battery: float | None = None
 
 
-CLOSED = Breaker()
+UNKNOWN = Strain()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,9 +199,10 @@ class State:
         cloud_tried_s: when the cloud was last given a request; ``-math.inf`` for never.
         breaker: of the cloud.
         mismatch: the cloud was found to have another interface.
-        certified: the threshold of the board's variant, from its bundle; None where it has none.
         private: this request must not leave the board.
         spent: the budget of this hour or this day does not cover it.
+        cloud_only: the bundle marks its task as one of the cloud.
+        strain: of the board.
     """
 
     deadline_s: float
@@ -168,9 +212,10 @@ class State:
     cloud_tried_s: float = -math.inf
     breaker: Breaker = CLOSED
     mismatch: bool = False
-    certified: float | None = None
     private: bool = False
     spent: bool = False
+    cloud_only: bool = False
+    strain: Strain = UNKNOWN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,14 +224,17 @@ class Route:
 
     Attributes:
         side: "edge", "cloud", or "refuse" where the deadline has passed already.
-        reason: "edge", "queue" or "no_time".
+        reason: of "cloud": "cloud_only", "queue", "low_power", "throttled" or "hot"; of "edge": "edge", or why a task
+            of the cloud cannot be given to it: its answer is then degraded; of "refuse": "no_time".
         refresh_edge: give the request to the edge as well: a latency, its own or the cloud's, was not measured for
             long.
+        keep_edge: the edge could make the deadline: the cloud is given only what the edge does not need of the time.
     """
 
     side: Literal["edge", "cloud", "refuse"]
     reason: str
     refresh_edge: bool = False
+    keep_edge: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,13 +242,14 @@ class Review:
     """What becomes of the edge's answer, and why.
 
     Attributes:
-        action: "keep" it, "degrade" (keep it, marked, since the cloud cannot be asked) or "offload".
-        reason: "edge" (nothing is judged) or "confident" where it is kept; "uncertain" where it is offloaded; else
-            why the cloud cannot be asked: "private", "interface_mismatch", "budget_spent", "circuit_open",
+        action: "keep" it, "audit" (keep it, and ask the cloud in the background), "degrade" (keep it, marked, since the
+            cloud cannot be asked) or "offload".
+        reason: "edge" (nothing is judged), "confident" or "audit" where it is kept; "uncertain" where it is offloaded;
+            else why the cloud cannot be asked: "private", "interface_mismatch", "budget_spent", "circuit_open",
             "no_time_left".
     """
 
-    action: Literal["keep", "degrade", "offload"]
+    action: Literal["keep", "audit", "degrade", "offload"]
     reason: str
 
 
@@ -208,30 +257,76 @@ EDGE = Route(side="edge", reason="edge")
 CLOUD = Route(side="cloud", reason="queue")
 CLOUD_AND_EDGE = Route(side="cloud", reason="queue", refresh_edge=True)
 REFUSE = Route(side="refuse", reason="no_time")
+STRAINS = ("low_power", "throttled", "hot")
+FIRST = {reason: Route(side="cloud", reason=reason, keep_edge=True) for reason in ("cloud_only", *STRAINS)}
+FIRST_AND_EDGE = {reason: Route(side="cloud", reason=reason, refresh_edge=True) for reason in FIRST}
 
 UNJUDGED = Review(action="keep", reason="edge")
 CONFIDENT = Review(action="keep", reason="confident")
+AUDIT = Review(action="audit", reason="audit")
 UNCERTAIN = Review(action="offload", reason="uncertain")
-DEGRADED = {
-    reason: Review(action="degrade", reason=reason)
-    for reason in ("private", "interface_mismatch", "budget_spent", "circuit_open", "no_time_left")
-}
+OBSTACLES = ("private", "interface_mismatch", "budget_spent", "circuit_open", "no_time_left")
+DEGRADED = {reason: Review(action="degrade", reason=reason) for reason in OBSTACLES}
+STOPGAP = {reason: Route(side="edge", reason=reason) for reason in OBSTACLES}
 
 
 def route(policy: Policy, state: State, now_s: float) -> Route:
-    """Who is asked first."""
+    """Who is asked first.
+
+    A task of the cloud goes there where it can; else the edge does what it can. A deadline that only the cloud can
+    meet goes before sparing the board.
+    """
     left_ms = (state.deadline_s - now_s) * 1000.0
     if left_ms <= 0.0:
         return REFUSE
-    edge_ms, cloud_ms = state.edge_ms, state.cloud_ms
-    if edge_ms is None or edge_ms <= left_ms or not policy.offload_when_queued:
-        return EDGE
-    if obstacle(policy, state, now_s) is not None:
-        return EDGE
-    if cloud_ms is None or cloud_ms > left_ms:
-        # Nothing says that the cloud can. Where nobody tried of late, one request finds out, at both sides.
-        return EDGE if now_s - state.cloud_tried_s <= policy.open_s else CLOUD_AND_EDGE
-    return CLOUD if now_s - state.edge_tried_s <= policy.open_s else CLOUD_AND_EDGE
+    if state.cloud_only and policy.obey_cloud_only:
+        reason = _obstacle_before_edge(policy, state, now_s)
+        return _first(state, "cloud_only") if reason is None else STOPGAP[reason]
+    edge_ms = state.edge_ms
+    if edge_ms is not None and edge_ms > left_ms and policy.offload_when_queued:
+        return _queued(policy, state, left_ms, now_s)
+    if state.strain is not UNKNOWN:
+        reason = strained(policy, state.strain)
+        if reason is not None and _obstacle_before_edge(policy, state, now_s) is None:
+            return _first(state, reason)
+    return EDGE
+
+
+def strained(policy: Policy, strain: Strain) -> str | None:
+    """Why the board is spared; None where it is not. What is not known is no reason."""
+    if policy.offload_when_low_power:
+        battery = strain.battery
+        if strain.undervolted or (battery is not None and battery <= policy.low_battery):
+            return "low_power"
+    if strain.throttled and policy.offload_when_throttled:
+        return "throttled"
+    hot = policy.hot_c is not None and strain.celsius is not None and strain.celsius >= policy.hot_c
+    return "hot" if hot else None
+
+
+def review(
+    policy: Policy,
+    state: State,
+    score: float | None,
+    now_s: float,
+    *,
+    certified: float | None = None,
+    draw: float = 1.0,
+) -> Review:
+    """What becomes of the edge's answer.
+
+    Args:
+        score: of its least sure row, higher is surer; None where nothing is judged. NaN is uncertain.
+        certified: the threshold of what answered, from its bundle; None where it has none.
+        draw: a random number from 0.0 to 1.0, which may make it an audit.
+    """
+    least = threshold(policy, certified)
+    if score is None or least is None:
+        return UNJUDGED
+    if score >= least:
+        return AUDIT if draw < policy.audit_share and barred(state, now_s) is None else CONFIDENT
+    reason = obstacle(policy, state, now_s, reserve_ms=policy.reserve_ms)
+    return UNCERTAIN if reason is None else DEGRADED[reason]
 
 
 def threshold(policy: Policy, certified: float | None) -> float | None:
@@ -241,27 +336,20 @@ def threshold(policy: Policy, certified: float | None) -> float | None:
     return certified if policy.obey_certified else None
 
 
-def review(policy: Policy, state: State, score: float | None, now_s: float) -> Review:
-    """What becomes of the edge's answer.
+def rescue(policy: Policy, state: State, reason: str, now_s: float) -> bool:
+    """Whether the cloud is asked where the edge has no answer.
 
     Args:
-        score: of its least sure row, higher is surer; None where nothing is judged. NaN is uncertain.
+        reason: why it has none: "queue" (it is full), "shape" or "edge_failed".
     """
-    least = threshold(policy, state.certified)
-    if score is None or least is None:
-        return UNJUDGED
-    if score >= least:
-        return CONFIDENT
-    reason = obstacle(policy, state, now_s, reserve_ms=policy.reserve_ms)
-    return UNCERTAIN if reason is None else DEGRADED[reason]
+    return bool(getattr(policy, RESCUES[reason])) and obstacle(policy, state, now_s) is None
 
 
 def obstacle(policy: Policy, state: State, now_s: float, *, reserve_ms: float = 0.0) -> str | None:
-    """Why the cloud cannot be asked now; None when it can."""
-    if state.private or state.mismatch or state.spent:
-        return "private" if state.private else "interface_mismatch" if state.mismatch else "budget_spent"
-    if not may_call(state.breaker, now_s):
-        return "circuit_open"
+    """Why the cloud cannot be asked now, for an answer by the deadline; None when it can."""
+    reason = barred(state, now_s)
+    if reason is not None:
+        return reason
     left_ms = (state.deadline_s - now_s) * 1000.0 - reserve_ms
     if left_ms <= 0.0:
         return "no_time_left"
@@ -271,68 +359,35 @@ def obstacle(policy: Policy, state: State, now_s: float, *, reserve_ms: float = 
     return None
 
 
-def may_call(breaker: Breaker, now_s: float) -> bool:
-    """Whether ``allow`` would let a call through."""
-    return breaker.until_s is None or (now_s >= breaker.until_s and not breaker.probing)
+def barred(state: State, now_s: float) -> str | None:
+    """Why the cloud cannot be asked now, whatever the time; None when it can."""
+    if state.private or state.mismatch or state.spent:
+        return "private" if state.private else "interface_mismatch" if state.mismatch else "budget_spent"
+    return None if may_call(state.breaker, now_s) else "circuit_open"
 
 
-def allow(breaker: Breaker, now_s: float) -> tuple[bool, Breaker]:
-    """Take leave for one call. Who got it reports back with ``succeeded``, ``failed`` or ``released``."""
-    if breaker.until_s is None:
-        return True, breaker
-    if now_s < breaker.until_s or breaker.probing:
-        return False, breaker
-    probe = Breaker(
-        streak=breaker.streak, recent=breaker.recent, opened=breaker.opened, until_s=breaker.until_s, probing=True
-    )
-    return True, probe
+def _queued(policy: Policy, state: State, left_ms: float, now_s: float) -> Route:
+    """The edge cannot make the deadline by what was measured."""
+    if obstacle(policy, state, now_s) is not None:
+        return EDGE
+    if state.cloud_ms is None or state.cloud_ms > left_ms:
+        # Nothing says that the cloud can. Where nobody tried of late, one request finds out, at both sides.
+        return EDGE if now_s - state.cloud_tried_s <= policy.open_s else CLOUD_AND_EDGE
+    return CLOUD if now_s - state.edge_tried_s <= policy.open_s else CLOUD_AND_EDGE
 
 
-def succeeded(policy: Policy, breaker: Breaker) -> Breaker:
-    """The call was answered. Closes it after a probe; an answer from before it opened changes nothing."""
-    if breaker.until_s is not None:
-        return CLOSED if breaker.probing else breaker
-    if breaker.recent == 0:
-        return CLOSED
-    return Breaker(recent=_shifted(policy, breaker.recent, 0))
+def _first(state: State, reason: str) -> Route:
+    """The cloud is asked first; an edge that was never measured is asked beside it."""
+    return (FIRST_AND_EDGE if state.edge_ms is None else FIRST)[reason]
 
 
-def failed(policy: Policy, breaker: Breaker, now_s: float, jitter: float) -> Breaker:
-    """The call failed or was late. Opens it after too many, and after a failed probe for twice as long.
-
-    Args:
-        jitter: a random number from 0.0 to 1.0.
-    """
-    if breaker.until_s is not None and not breaker.probing:
-        return breaker
-    streak, recent = breaker.streak + 1, _shifted(policy, breaker.recent, 1)
-    often = 2 * recent.bit_count() >= policy.window
-    if not (breaker.probing or often or streak >= policy.failures_in_a_row):
-        return Breaker(streak=streak, recent=recent)
-    until_s = now_s + open_for_s(policy, breaker.opened, jitter)
-    return Breaker(streak=streak, recent=recent, opened=breaker.opened + 1, until_s=until_s)
-
-
-def released(breaker: Breaker) -> Breaker:
-    """The call ended without saying anything about the cloud: another may probe."""
-    if not breaker.probing:
-        return breaker
-    return Breaker(streak=breaker.streak, recent=breaker.recent, opened=breaker.opened, until_s=breaker.until_s)
-
-
-def open_for_s(policy: Policy, opened: int, jitter: float) -> float:
-    """How long a circuit stays open that opened ``opened`` times before, since the last success."""
-    # 2.0**64 times any open_s is past any open_max_s that makes sense, and a larger exponent would overflow.
-    wait_s = min(policy.open_s * 2.0 ** min(opened, 64), policy.open_max_s)
-    return wait_s * (1.0 + JITTER_SHARE * jitter)
+def _obstacle_before_edge(policy: Policy, state: State, now_s: float) -> str | None:
+    """As ``obstacle``, where the edge is to answer in time should the cloud not."""
+    return obstacle(policy, state, now_s, reserve_ms=policy.reserve_ms + (state.edge_ms or 0.0))
 
 
 def _within(amount: int, limit: int | None) -> bool:
     return limit is None or amount <= limit
-
-
-def _shifted(policy: Policy, recent: int, bit: int) -> int:
-    return (recent << 1 | bit) & ((1 << policy.window) - 1)
 
 
 def _number(value: object) -> bool:
@@ -343,6 +398,6 @@ def _count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _require(holds: bool, policy: Policy, name: str, expected: str) -> None:
+def _require(holds: bool, policy: Policy, name: str, expected: str, *, hint: str = "") -> None:
     if not holds:
-        raise ConfigError(f"policy.{name} is {getattr(policy, name)!r}, expected {expected}")
+        raise ConfigError(f"policy.{name} is {getattr(policy, name)!r:.40}, expected {expected}", hint=hint)

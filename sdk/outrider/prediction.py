@@ -1,13 +1,15 @@
-"""What a call gives back: the outputs, and where they came from."""
+"""What a call gives back: the outputs, and where they came from; or that it failed, and who is told."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Generic, Literal, NamedTuple, TypeVar
 
+from outrider_runtimes.errors import ConfigError, InputError, ShapeError
 from outrider_runtimes.runner import Timing
-from outrider_runtimes.tensors import Array
+from outrider_runtimes.tensors import Array, Interface, Tensors, by_name, check_named
 
 Source = Literal["edge", "cloud", "edge_degraded"]
 
@@ -36,12 +38,39 @@ class Prediction(NamedTuple):
     reason: str = "local"
 
 
+class Failure(NamedTuple):
+    """One call of ``infer`` that gave no answer.
+
+    Attributes:
+        error: what its caller got.
+        refused: whether that is the caller's own doing: the inputs are not what the interface says, or the deadline
+            is none. Else it was to be answered and was not, which speaks against what was asked.
+    """
+
+    error: Exception
+    refused: bool
+
+
 OnPrediction = Callable[[Prediction], None]
+OnFailure = Callable[[Failure], None]
 T = TypeVar("T")
 
 
+def failure_of(error: Exception, interface: Interface, inputs: Tensors | Array) -> Failure:
+    """Whose doing it is that a call with these inputs got no answer.
+
+    A size that the interface leaves free, and the board's file does not take, is not the caller's mistake.
+    """
+    refused = isinstance(error, (InputError, ConfigError))
+    if isinstance(error, ShapeError):
+        with suppress(InputError):
+            check_named(interface, by_name(interface, inputs), finite="pass")
+            refused = False
+    return Failure(error, refused)
+
+
 class Watchers(Generic[T]):
-    """The callbacks of one source of predictions, or of changes. Safe from several threads; none can lose an answer.
+    """The callbacks of one source of predictions, failures or changes. Safe from several threads; none loses an answer.
 
     ``kind``: the name of the method by which they came, for the log.
     """

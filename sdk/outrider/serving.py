@@ -82,11 +82,12 @@ class Serving:
         self.interface: Interface = opened.session.interface
         self._opened = opened
         self._trial = trial
-        self._refusal: RolledBack | None = None
+        self._refusal = ""  # why nothing serves any more
         self._lock = threading.RLock()
         self._told: Callable[[Opened, Change], None] = lambda _, __: None
         self._note: Callable[[Answer], None] = lambda _: None
         self._end_company: Callable[[], None] = lambda: None
+        self._leaving = False
         self._closed = False
 
     @property
@@ -119,8 +120,8 @@ class Serving:
             RolledBack: a fresh bundle failed, and what was good before has another interface.
         """
         with self._lock:
-            if self._refusal is not None:
-                raise self._refusal
+            if self._refusal:
+                raise self._refused()
             trial = self._trial
             if trial is None:
                 answer = self._opened.session.execute(arrays, check_ms=check_ms)
@@ -129,21 +130,34 @@ class Serving:
             self._note(answer)
             return Answer(outputs=answer.outputs, timing_ms=answer.timing_ms, served=self._opened.served)
 
-    def replace(self, opened: Opened, *, kind: Kind, reason: str, keep: bool = False) -> Opened | None:
+    def replace(
+        self, opened: Opened, *, kind: Kind, reason: str, keep: bool = False, expected: str | None = None
+    ) -> Opened | None:
         """Serve something else from the next call on. Waits for the call that runs.
 
+        Args:
+            opened: what serves then; it is owned, and freed where it cannot.
+            kind, reason: of the Change.
+            keep: leave what served open, for the caller to close.
+            expected: the digest of the bundle that has to serve still; any will do where it is None.
+
         Returns:
-            What served, where ``keep`` asks for it; else it is freed.
+            What served; None where nothing was changed: this was closed, or another bundle serves.
         """
         with self._lock:
-            if self._closed:
+            another = expected is not None and expected != self.served.bundle
+            if self._closed or self._refusal or another:
                 opened.session.close()
                 return None
             old, self._opened = self._opened, opened
             if not keep:
                 old.session.close()
             self._told(opened, Change(kind=kind, reason=reason, before=old.served, after=opened.served))
-            return old if keep else None
+            return old
+
+    def leave(self) -> None:
+        """It is about to be closed: the call that runs may be ended for it, which is no fault of what serves."""
+        self._leaving = True
 
     def close(self) -> None:
         """Free what serves."""
@@ -155,8 +169,8 @@ class Serving:
                 self._end_trial(self._trial)
 
     def _tried(self, trial: Trial, arrays: list[Array], check_ms: float) -> Answer:
-        trial.inside(True)
         try:
+            trial.inside(True)
             answer = self._opened.session.execute(arrays, check_ms=check_ms)
             why, failure = trial.fault(arrays, answer), None
         except InputError:
@@ -165,7 +179,7 @@ class Serving:
             answer, why, failure = None, str(error), error
         finally:
             trial.inside(False)
-        better = self._better(trial, arrays, check_ms, why) if why else None
+        better = self._better(trial, arrays, check_ms, why) if why and not self._leaving else None
         if better is not None:
             return better
         if trial.over:
@@ -205,11 +219,14 @@ class Serving:
             return better
         good.session.close()
         self._told(self._opened, Change(kind="rollback", reason=why, before=self.served, after=good.served))
-        self._refusal = RolledBack(
-            f"{good.installed.name} was rolled back to version {version}, which has another interface: {why}",
-            hint="load it again",
+        self._refusal = (
+            f"{good.installed.name} was rolled back to version {version}, which has another interface: {why}"
         )
-        raise self._refusal
+        raise self._refused()
+
+    def _refused(self) -> RolledBack:
+        """Another one for each call: an exception that is raised again keeps the frames of every call before."""
+        return RolledBack(self._refusal, hint="load it again")
 
     def _end_trial(self, trial: Trial) -> None:
         self._trial = None

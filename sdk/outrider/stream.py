@@ -20,7 +20,7 @@ class Answers(Protocol):
         """What it takes and gives."""
         ...
 
-    def infer(self, inputs: Tensors | Array, *, deadline_ms: float | None = None) -> Prediction:
+    def infer(self, inputs: Tensors | Array, *, deadline_ms: float | None = None, private: bool = False) -> Prediction:
         """Answer one request."""
         ...
 
@@ -57,18 +57,20 @@ class Stream:
             if spec.name not in self._initial and None in spec.shape[spec.batched :]:
                 raise ConfigError(f"the state {spec.name!r} has no size of its own", hint="pass initial= with an array")
         self._state: dict[str, Array] | None = None
+        self._private = False
 
     @property
     def state(self) -> dict[str, Array]:
         """A copy of what goes into the next call, which ``initial`` takes back; before the first, what was given."""
         return {name: array.copy() for name, array in (self._initial if self._state is None else self._state).items()}
 
-    def infer(self, inputs: Tensors | Array, *, deadline_ms: float | None = None) -> Prediction:
+    def infer(self, inputs: Tensors | Array, *, deadline_ms: float | None = None, private: bool = False) -> Prediction:
         """Answer the next call of the sequence.
 
         Args:
             inputs: every input but the state's by name; where there is one, its array alone will do.
             deadline_ms: see ``Model.infer``.
+            private: see ``Hybrid.infer``. The state tells of such a call: what follows is private too, up to ``reset``.
 
         Returns:
             A Prediction without the outputs of the state.
@@ -77,15 +79,31 @@ class Stream:
             InputError: an input is not what the interface says, or N is another than in the calls before.
             OutriderError: see ``Model.infer``. After any error the state is what it was before the call.
         """
-        named = self._by_name(inputs)
-        prediction = self._model.infer({**named, **self._next_state(named)}, deadline_ms=deadline_ms)
+        passed, stays = self._passed_with_state(inputs), bool(private) or self._private
+        if stays:
+            prediction = self._model.infer(passed, deadline_ms=deadline_ms, private=True)
+        else:
+            prediction = self._model.infer(passed, deadline_ms=deadline_ms)
         outputs = dict(prediction.outputs)
         self._state = {name: outputs.pop(output) for name, output in self._pairs.items()}
+        self._private = stays
         return prediction._replace(outputs=outputs)
 
     def reset(self) -> None:
         """Begin anew: the next call starts from the initial state, and may have another N."""
         self._state = None
+        self._private = False
+
+    def _passed_with_state(self, inputs: Tensors | Array) -> Tensors:
+        """What goes to the model. A call that it never sees failed all the same, and those who watch it are told."""
+        try:
+            named = self._by_name(inputs)
+            return {**named, **self._next_state(named)}
+        except Exception as error:
+            tell = getattr(self._model, "tell_failure", None)
+            if tell is not None:
+                tell(error, inputs)
+            raise
 
     def _by_name(self, inputs: Tensors | Array) -> Tensors:
         names = [spec.name for spec in self._passed]

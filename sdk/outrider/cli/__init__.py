@@ -1,123 +1,40 @@
 """The command line. ``main`` is what the ``outrider`` script calls.
 
-A command is an argparse subparser whose defaults hold ``run``, a function from the parsed arguments to the JSON
-object that ``--json`` prints, and ``render``, a function from that object to the text that a person reads. Commands
-of other packages come in by the entry point group ``outrider.commands``: each names a function that takes a
-``Commands`` and adds to it.
+Little is imported with this module: what takes long, numpy before all, comes inside ``main``, where Ctrl-C is caught.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import sys
-import traceback
-from collections.abc import Callable, Sequence
-from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from outrider.cli import board, bundles, doctor, infer, serve
-from outrider.cli.text import shown
-from outrider_runtimes.errors import OutriderError
+from outrider.cli.streams import prepare_streams
 
-Run = Callable[[argparse.Namespace], dict[str, Any]]
-Render = Callable[[dict[str, Any]], str]
-Failed = Callable[[dict[str, Any]], bool]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-DONE, FAILED, INTERRUPTED = 0, 1, 130  # argparse itself exits with 2 for wrong usage
+    from outrider.cli.commands import Commands, build_parser
 
+__all__ = ["Commands", "build_parser", "main"]
 
-class Commands:
-    """Where commands are added."""
-
-    def __init__(self, subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-        self._subparsers = subparsers
-
-    def add(
-        self,
-        name: str,
-        *,
-        run: Run,
-        render: Render,
-        summary: str,
-        example: str,
-        failed: Failed = lambda result: False,
-    ) -> argparse.ArgumentParser:
-        """Add one command and return its parser, which has ``--json`` and ``--debug`` already.
-
-        ``failed`` says of a result that is printed like any other that the command ends with exit code 1.
-        """
-        parser = self._subparsers.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-        parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
-        parser.set_defaults(run=run, render=render, failed=failed)
-        return parser
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser with the commands of every installed package."""
-    parser = argparse.ArgumentParser(
-        prog="outrider",
-        description="Take a trained model to a small board and keep it honest there.",
-        epilog="`outrider COMMAND --help` says more, with an example. Exit code: 0 done, 1 refused or failed, "
-        "2 wrong usage.",
-    )
-    parser.add_argument("--version", action="version", version=f"outrider {metadata.version('outrider')}")
-    commands = Commands(parser.add_subparsers(metavar="COMMAND", required=True))
-    for register in (bundles.register, board.register, doctor.register, infer.register, serve.register):
-        register(commands)
-    for entry in sorted(metadata.entry_points(group="outrider.commands"), key=lambda entry: entry.name):
-        entry.load()(commands)
-    return parser
+INTERRUPTED = 130  # as a shell has it: 128 and SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
-    args = build_parser().parse_args(argv)
+    """Run one command and return its exit code. Raises SystemExit, as argparse does: 0 for help, 2 for wrong usage."""
+    prepare_streams()
     try:
-        result = args.run(args)
-        _print(json.dumps(result, allow_nan=False) if args.json else shown(args.render(result)))
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+        from outrider.cli.commands import run
+
+        return run(argv)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except Exception as error:
-        return _report(error, as_json=args.json, debug=args.debug)
-    return FAILED if args.failed(result) else DONE
 
 
-def _print(text: str) -> None:
-    if text:
-        print(text, flush=True)
+def __getattr__(name: str) -> Any:
+    if name not in ("Commands", "build_parser"):
+        raise AttributeError(f"module 'outrider.cli' has no attribute {name!r}")
+    from outrider.cli import commands
 
-
-def _report(error: Exception, *, as_json: bool, debug: bool) -> int:
-    what, hint = _explain(error)
-    if debug:
-        traceback.print_exception(error)
-    print(shown(f"error: {what}"), file=sys.stderr)
-    if hint:
-        print(shown(f"hint: {hint}"), file=sys.stderr)
-    if as_json:
-        _print(json.dumps({"error": {"type": type(error).__name__, "message": what, "hint": hint}}))
-    return FAILED
-
-
-def _explain(error: Exception) -> tuple[str, str]:
-    if isinstance(error, OutriderError):
-        return str(error), error.hint
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror or error}", ""
-    return (
-        f"unexpected {type(error).__name__}: {error}",
-        "this is a fault of Outrider's; run it again with --debug and report what it prints",
-    )
+    return getattr(commands, name)

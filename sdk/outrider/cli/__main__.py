@@ -1,4 +1,4 @@
-"""``python -m outrider.cli``: the command line where the script is not on the path."""
+"""``python -m outrider.cli``: the same as ``python -m outrider``."""
 
 import sys
 

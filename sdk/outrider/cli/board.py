@@ -7,8 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outrider.cli.options import add_state, add_trust
-from outrider.cli.text import aligned, threads_text
+from outrider.cli.options import LEAST_MS, MOST_MS, add_state, add_trust, number
+from outrider.cli.text import aligned, batches_text, threads_text
 
 if TYPE_CHECKING:
     from outrider.cli import Commands
@@ -26,7 +26,9 @@ def register(commands: Commands) -> None:
         example="outrider install digits.outrider --trust keys/release.pub",
     )
     install.add_argument("bundle", type=Path, metavar="BUNDLE")
-    install.add_argument("--latency-ms", type=float, help="refuse it where the median call takes longer than this")
+    install.add_argument(
+        "--latency-ms", type=number(LEAST_MS, MOST_MS), help="refuse it where the median call takes longer than this"
+    )
     add_trust(install)
     add_state(install)
 
@@ -43,7 +45,7 @@ def register(commands: Commands) -> None:
 
 def _install(args: argparse.Namespace) -> dict[str, Any]:
     import outrider
-    from outrider.admit import default_limits
+    from outrider.admit.admit import default_limits
 
     limits = dataclasses.replace(default_limits(), latency_ms=args.latency_ms)
     return outrider.install(args.bundle, trust=args.trust, state=args.state, limits=limits).to_dict()
@@ -74,6 +76,7 @@ def _render_install(result: dict[str, Any]) -> str:
         ["verified", "yes" if result["verified"] else "no key is trusted here"],
         ["serves", f"{choice['variant']} on {choice['engine']}, {threads_text(choice['threads'])}"],
         ["because", choice["reason"] + ("" if result["admitted"] else "; measured at an earlier install")],
+        ["batches", batches_text(result["batches"])],
     ]
     skipped = [
         ["  " + " on ".join(filter(None, (row["variant"], row["engine"]))), row["reason"]] for row in result["skipped"]

@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from outrider.cli.options import add_state, add_trust
+from outrider.cli.options import PASSWORD, add_certificates, add_state, add_trust, certificates_of, login_of
 from outrider.cli.text import aligned
 
 if TYPE_CHECKING:
@@ -21,22 +21,28 @@ def register(commands: Commands) -> None:
         render=_render,
         failed=lambda result: not result["healthy"],
         summary="Look for what is wrong here: engines, processor, heat, clock, state, trust, broker, endpoint. "
-        "Exit code 1 where something is broken. An endpoint gets the token in OUTRIDER_TOKEN, if there is one.",
+        f"Exit code 1 where something is broken. The password of --user is in {PASSWORD}, an endpoint's token in "
+        "OUTRIDER_TOKEN.",
         example="outrider doctor --broker mqtt://broker:1883 --endpoint http://host:8000/digits-large",
     )
     parser.add_argument("--broker", metavar="URL", help="an MQTT broker to try: mqtt://HOST[:PORT] or mqtts://...")
+    parser.add_argument("--user", help="the name to log in with at the broker")
+    add_certificates(parser)
     parser.add_argument("--endpoint", metavar="URL[/MODEL]", help="an inference endpoint to try")
     add_trust(parser)
     add_state(parser)
 
 
 def _doctor(args: argparse.Namespace) -> dict[str, Any]:
-    from outrider.doctor import Patient, clock_is_synchronised, examine
+    from outrider.doctor import Patient, examine
+    from outrider_runtimes.clock import clock_is_synchronised
 
     patient = Patient(
         state=args.state,
         trust=args.trust,
         broker=args.broker,
+        login=None if args.broker is None else login_of(args),
+        tls=certificates_of(args),
         endpoint=args.endpoint,
         token=os.environ.get("OUTRIDER_TOKEN"),
         environ=os.environ,

@@ -30,6 +30,18 @@ def threads_text(threads: int) -> str:
     return f"{threads} thread{'' if threads == 1 else 's'}"
 
 
+def batches_text(measured: Mapping[str, Any] | None) -> str:
+    """``off: ...`` or ``up to 16 rows a call when served, 8.6 times the rows/s``, and the rows/s of every point."""
+    from outrider.admit.curve import BatchCurve, BatchPlan, plan_batches
+
+    curve = None if measured is None else BatchCurve.from_dict(measured)
+    plan = plan_batches(curve)
+    points = ", ".join(f"{p.rows}: {p.rows_per_s:.0f}/s" for p in curve.points) if curve else ""
+    if isinstance(plan, BatchPlan):
+        return f"up to {plan.rows} rows a call when served, {plan.gain:.1f} times the rows/s ({points})"
+    return f"off when served: {plan}" + (f" ({points})" if points else "")
+
+
 def tensor_text(spec: Mapping[str, Any]) -> str:
     """``image: float32 [N, 1, 8, 8]``, from a tensor of an interface's JSON."""
     letters = spec.get("axes") or "?" * len(spec["shape"])

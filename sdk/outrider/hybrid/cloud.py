@@ -6,10 +6,12 @@ import logging
 import math
 import random
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from outrider.policy import CLOSED, Breaker, Policy, allow, failed, released, succeeded
+from outrider.breaker import CLOSED, Breaker, allow, failed, released, succeeded
+from outrider.policy import Policy
 from outrider.spending import Meter
 from outrider_runtimes.deadline import Clock, Deadline
 from outrider_runtimes.errors import (
@@ -28,6 +30,8 @@ from outrider_runtimes.runner import Answer, Runner, wait
 from outrider_runtimes.tensors import Interface, Tensors
 
 log = logging.getLogger(__name__)
+
+PAST = Deadline(-math.inf)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,22 +82,48 @@ class Cloud:
                 "the cloud cannot be reached yet; its interface is compared before the first offload: %s", error
             )
 
-    def ask(self, inputs: Tensors, deadline: Deadline) -> Answer | Miss:
-        """One attempt; ends by the deadline."""
-        begun = self.begin(inputs, deadline)
+    def ask(self, inputs: Tensors, deadline: Deadline, *, patient: bool = True) -> Answer | Miss:
+        """One attempt; ends by the deadline. Not ``patient``: the edge answers else; see ``Remote.submit_once``."""
+        once = None if patient else getattr(self.runner, "submit_once", None)
+        begun = self._begin(inputs, deadline, once or self.runner.submit, deadline)
         return begun if isinstance(begun, Miss) else self.finish(begun, deadline)
 
-    def begin(self, inputs: Tensors, deadline: Deadline) -> Future[Answer] | Miss:
-        """Start an attempt; whoever gets a future gives it to ``finish`` or to ``abandon``."""
+    def begin(
+        self, inputs: Tensors, deadline: Deadline, *, beside: Future[Answer] | None = None
+    ) -> Future[Answer] | Miss:
+        """Start an attempt behind an answer of the edge that is ``beside`` it, or that is there already (None).
+
+        Nothing that the edge's answer need not wait for is waited for: the card where the budget is written down, no
+        longer than for the edge. The arrays are copied: the caller may have its answer, and change them, before they
+        are sent. Whoever gets a future gives it to ``finish`` or to ``abandon``.
+        """
+        copied = {name: array.copy() for name, array in inputs.items()}
+        return self._begin(copied, deadline, self.runner.submit, PAST if beside is None else deadline, beside)
+
+    def released(self) -> None:
+        """A call ended in a way that says nothing about the cloud: by a signal's exception. Another may probe."""
+        self._settle(None, None)
+
+    def _begin(
+        self,
+        inputs: Tensors,
+        deadline: Deadline,
+        submit: Callable[[Tensors, Deadline], Future[Answer]],
+        written_by: Deadline,
+        beside: Future[Answer] | None = None,
+    ) -> Future[Answer] | Miss:
         if not self._take():
             return Miss(reason="circuit_open")
         try:
             self._compare(deadline)
-            if self._meter is not None:
-                self._meter.sent(inputs)
-            return self.runner.submit(inputs, deadline)
+            if self._meter is not None and not self._meter.take(inputs, written_by, beside=beside):
+                return self._unspent()
+            return submit(inputs, deadline)
         except Exception as error:
             return self._missed(error)
+        except BaseException:
+            self.released()
+            raise
 
     def finish(self, future: Future[Answer], deadline: Deadline) -> Answer | Miss:
         """What an attempt ends with; by the deadline."""
@@ -101,9 +131,12 @@ class Cloud:
             answer = wait(future, deadline)
         except Exception as error:
             return self._missed(error)
+        except BaseException:
+            self.released()
+            raise
         self._settle(True, None)
         if self._meter is not None:
-            self._meter.received(answer.outputs)
+            self._meter.received(answer.outputs, deadline)
         return answer
 
     def abandon(self, future: Future[Answer]) -> None:
@@ -119,12 +152,17 @@ class Cloud:
 
         future.add_done_callback(settle)
 
+    def _unspent(self) -> Miss:
+        """Another call took what was left of the budget, or it could not be written down in time."""
+        self._settle(None, None)
+        return Miss(reason="budget_spent")
+
     def _missed(self, error: Exception) -> Miss:
         """An attempt that failed: whether that speaks against the cloud, and what it is called."""
         if isinstance(error, InterfaceMismatch):
             self._disagree(error)
             reason = "interface_mismatch"
-        elif isinstance(error, QueueFull):
+        elif isinstance(error, QueueFull) or (isinstance(error, RemoteRefused) and error.busy):
             reason = "cloud_busy"
         elif isinstance(error, StoreError):
             log.error("the cloud is not asked: %s", error)
