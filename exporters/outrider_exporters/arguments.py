@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, ParamSpec, TypeVar
 
 from outrider_exporters.offload import Offload
 from outrider_exporters.recipe import Recipe
 from outrider_runtimes.errors import ConfigError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +81,7 @@ _KINDS: Mapping[str, _Kind] = {
     "recipe": _Kind(words="a Recipe: Recipe([Quantize()])", fits=lambda value: isinstance(value, Recipe)),
     "gates": _Kind(words='a list of gates: [MaxDrop("accuracy", points=1.0)]', fits=_listed(_gate)),
     "offload": _Kind(words="an Offload", fits=lambda value: isinstance(value, Offload)),
+    "cloud_only": _Kind(words="True or False", fits=lambda value: isinstance(value, bool)),
     "signing_keys": _Kind(words="a list of private keys", fits=_listed(lambda _: True)),
     "evaluate": _Kind(words='a function: evaluate(predict, test) -> {"accuracy": 0.97}', fits=callable),
     "fit": _FUNCTION,
@@ -87,9 +94,22 @@ _KINDS: Mapping[str, _Kind] = {
 }
 
 
-def check_arguments(**given: Any) -> None:
-    """Raise ConfigError for the first that is of another kind than it may be; None is for what was left out."""
-    for name, value in given.items():
-        kind = _KINDS[name]
-        if value is not None and not kind.fits(value):
-            raise ConfigError(f"{name} is {value!r:.60}, expected {kind.words}")
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, behind a look at what it is called with.
+
+    It raises ConfigError for the first argument that is of another kind than it may be. None passes where it is the
+    argument's default.
+    """
+    parameters = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name, value in chain(zip(parameters, args, strict=False), kwargs.items()):
+            kind = _KINDS.get(name) if name in parameters else None
+            if kind is None or (value is None and parameters[name].default is None):
+                continue
+            if not kind.fits(value):
+                raise ConfigError(f"{name} is {value!r:.60}, expected {kind.words}")
+        return function(*args, **kwargs)
+
+    return call

@@ -14,7 +14,7 @@ from outrider_exporters.measure import Evaluate
 from outrider_exporters.rows import Predict, default_axes
 from outrider_exporters.sources import Source, open_source
 from outrider_runtimes.errors import ConfigError, ExportError, FormatError, InputError
-from outrider_runtimes.processing import Step, around, infer_specs, run_steps, shapes_of
+from outrider_runtimes.processing import DecodeImage, Step, around, callers_of, infer_specs, run_steps, shapes_of
 from outrider_runtimes.tensors import BATCH_AXIS, Array, Interface, Tensors, TensorSpec, check_named
 
 CHUNK_ROWS = 256  # bounds the memory of what lies between two steps
@@ -61,7 +61,7 @@ class Caller:
         if processing is None:
             return predict
         judged = self.judged(predict)
-        return lambda inputs: processing.finish(judged(inputs), shapes_of(inputs))
+        return lambda inputs: processing.finish(judged(inputs), inputs)
 
     def evaluated(self, evaluate: Evaluate) -> Evaluate:
         """``evaluate`` for a function of the network's tensors."""
@@ -98,14 +98,22 @@ def open_around(
         raise ConfigError("example is missing: steps start from what a caller passes", hint='example={"image": x}')
     named = {key: dict(options.get(key) or {}) for key in OPTIONS}
     free = dict(options.get("dynamic_axes") or {})
-    inputs = [_spec(name, np.asarray(array), named, free.get(name, "")) for name, array in example.items()]
+    files = {step.tensor: step.content_type for step in before if isinstance(step, DecodeImage)}
+    for name in files:
+        named["axes"].setdefault(name, "NT")
+        free[name] = free.get(name, "") + "T"
+    inputs = [
+        dataclasses.replace(_spec(name, np.asarray(array), named, free.get(name, "")), content_type=files.get(name, ""))
+        for name, array in example.items()
+    ]
     try:
-        made = infer_specs(before, inputs, {spec.name: spec.shape for spec in inputs})
+        made = infer_specs(before, inputs, callers_of(before, inputs))
         rows = run_chunks(before, inputs, example)
     except FormatError as error:
         raise ConfigError(f"preprocessing: {error}", hint=error.hint) from None
     except InputError as error:
         raise ExportError(f"preprocessing of the example: {error}", hint=error.hint) from None
+    free = {name: letters.removesuffix("T") if name in files else letters for name, letters in free.items()}
     options["dynamic_axes"] = _still_free(free, example, made)
     source = open_source(model, rows, outputs, **{**options, **_inside(named, made, outputs or ())})
     interface = _declared(source.interface, inputs, before, after, named)
@@ -122,7 +130,7 @@ def run_chunks(before: Sequence[Step], specs: Sequence[TensorSpec], inputs: Tens
         parts.append(run_steps(before, part, shapes_of(part)))
     if len(parts) == 1:
         return parts[0]
-    made = infer_specs(before, specs, {spec.name: spec.shape for spec in specs})
+    made = infer_specs(before, specs, callers_of(before, specs))
     return {
         spec.name: np.concatenate([part[spec.name] for part in parts]) if spec.batched else parts[0][spec.name]
         for spec in made

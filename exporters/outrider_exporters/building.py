@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +34,9 @@ PARITY_ROWS = 64
 def build(source: Source, job: Job, folder: Path, baseline: Stage) -> Built:
     """Convert, check and measure every candidate; each was loaded and run by the device's engine before it is kept.
 
-    A form that the recipe did not ask for and that cannot be made is left out; ``Built.failed`` says why. A static
-    int8 variant that misses a gate which its float file meets, and which no other form of it stands in for, is made
-    again with some layers in float, if that helps; its note says which.
+    A form that the recipe did not ask for is left out if it cannot be made or measured; ``Built.failed`` says why. A
+    static int8 variant that misses a gate which its float file meets, and which no other form of it stands in for, is
+    made again with some layers in float, if that helps; its note says which.
 
     Raises:
         ExportError: a file that the recipe asks for cannot be made, or is not the network; or ``evaluate`` failed.
@@ -49,14 +49,12 @@ def build(source: Source, job: Job, folder: Path, baseline: Stage) -> Built:
     def measure(variant: str, file: ModelFile) -> Figures:
         return _figures(job, variant, file, reference, baseline, answers=answers)
 
-    shipped = {variant: _lighter(source, file, folder) for variant, file in files.items()}
-    figures = {}
-    for done, (variant, file) in enumerate(shipped.items()):
-        job.context.progress(Progress(step="measure", done=done, total=len(files), message=variant))
-        figures[variant] = measure(variant, file)
+    light = {variant: _lighter(source, file, folder) for variant, file in files.items()}
+    figures = _measured(job, made, light, measure, failed)
+    shipped = {variant: light[variant] for variant in figures}
     notes = {}
     for plan in made:
-        if plan.name in files and lost_in_vain(job, plan, made, figures, baseline.metrics):
+        if plan.name in figures and lost_in_vain(job, plan, made, figures, baseline.metrics):
             plain = source.quantizable(files[f"{plan.format}-float32"], folder)
             found = rescued(
                 job,
@@ -73,11 +71,31 @@ def build(source: Source, job: Job, folder: Path, baseline: Stage) -> Built:
     return Built(
         reference=reference,
         files=shipped,
-        named=files,
+        named={variant: files[variant] for variant in shipped},
         variants=_reports(shipped, figures, _latencies(job, shipped), notes),
-        slots={plan.name: plan.slot for plan in made if plan.name in files},
+        slots={plan.name: plan.slot for plan in made if plan.name in shipped},
         failed=failed,
     )
+
+
+def _measured(
+    job: Job,
+    made: Sequence[Plan],
+    files: Mapping[str, ModelFile],
+    measure: Callable[[str, ModelFile], Figures],
+    failed: dict[str, str],
+) -> dict[str, Figures]:
+    """By variant; of a form that nobody asked for and that cannot be measured, why is added to ``failed``."""
+    figures = {}
+    for done, plan in enumerate(plan for plan in made if plan.name in files):
+        job.context.progress(Progress(step="measure", done=done, total=len(files), message=plan.name))
+        try:
+            figures[plan.name] = measure(plan.name, files[plan.name])
+        except ExportError as error:
+            if plan.asked:
+                raise
+            failed[plan.name] = str(error)
+    return figures
 
 
 def _lighter(source: Source, file: ModelFile, folder: Path) -> ModelFile:

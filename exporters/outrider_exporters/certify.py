@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,10 +40,6 @@ class Point:
     risk: float
     p_value: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """As the report and the bundle store it."""
-        return {"threshold": self.threshold, "kept": self.kept, "risk": self.risk, "p_value": self.p_value}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Certified:
@@ -64,18 +59,10 @@ class Certified:
     chosen: Point
     curve: tuple[Point, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """As the report and the bundle store it."""
-        return {
-            "alpha": self.alpha,
-            "delta": self.delta,
-            "rows": self.rows,
-            "chosen": self.chosen.to_dict(),
-            "curve": [point.to_dict() for point in self.curve],
-        }
 
-
-def certify(scores: Floats, wrong: Flags, places: Floats, *, alpha: float, delta: float) -> Certified:
+def certify(
+    scores: Floats, wrong: Flags, places: Floats, *, alpha: float, delta: float, least: float = -math.inf
+) -> Certified:
     """The threshold that keeps most of the answers and whose risk is certified.
 
     The thresholds that are tried, and their order, come from ``places`` and the number of rows alone, so that testing
@@ -88,13 +75,16 @@ def certify(scores: Floats, wrong: Flags, places: Floats, *, alpha: float, delta
         places: float [M], scores of other rows, for which no label is needed.
         alpha: the risk, above 0 and below 1.
         delta: the probability that the certificate does not hold, above 0 and below 1.
+        least: no threshold is below it.
 
     Raises:
         ConfigError: alpha, delta or an array is not what is expected.
         ExportError: nothing can be certified; says how many rows would do, or that no number would.
     """
     _check(scores, wrong, places, alpha, delta)
-    curve = tuple(_point(scores, wrong, threshold, alpha) for threshold in thresholds(places))
+    check_enough(len(scores), alpha, delta)
+    tried = thresholds(np.maximum(places, least))
+    curve = tuple(_point(scores, wrong, threshold, alpha) for threshold in tried)
     first = _first_tested(len(scores), alpha, delta)
     chosen = None
     for point in curve[first:]:
@@ -102,10 +92,26 @@ def certify(scores: Floats, wrong: Flags, places: Floats, *, alpha: float, delta
             break
         chosen = point
     if chosen is None:
-        raise ExportError(
-            _why(curve, first, len(scores), alpha, delta), hint="more calibration rows, or a higher alpha"
-        )
+        raise ExportError(_why(curve, len(scores), alpha, delta), hint="more calibration rows, or a higher alpha")
     return Certified(alpha=alpha, delta=delta, rows=len(scores), chosen=chosen, curve=curve)
+
+
+def check_levels(alpha: float, delta: float) -> None:
+    """Raise ConfigError unless both are above 0 and below 1."""
+    for name, value in (("alpha", alpha), ("delta", delta)):
+        if not 0.0 < value < 1.0:
+            raise ConfigError(f"{name} is {value!r}, expected a number above 0 and below 1", hint="such as 0.01")
+
+
+def check_enough(rows: int, alpha: float, delta: float) -> None:
+    """Raise ExportError where so many rows certify nothing, whatever the answers to them are."""
+    least = fewest_rows(alpha, delta)
+    if rows < least:
+        raise ExportError(
+            f"{rows} calibration rows cannot certify {_asked(alpha, delta)}: it takes {least} even where every answer "
+            "is right",
+            hint="more calibration rows, or a higher alpha",
+        )
 
 
 def thresholds(places: Floats) -> list[float]:
@@ -123,9 +129,8 @@ def p_value(wrong: int, kept: int, alpha: float) -> float:
     if wrong >= kept:
         return 1.0
     counts = np.arange(wrong + 1)
-    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, kept + 1)))])  # log k!
-    terms = logs[kept] - logs[counts] - logs[kept - counts] + counts * math.log(alpha)
-    terms += (kept - counts) * math.log1p(-alpha)
+    choices = np.cumsum(np.log((kept - counts[:-1]) / counts[1:]))  # log of "kept over k", k from 1
+    terms = np.concatenate([[0.0], choices]) + counts * math.log(alpha) + (kept - counts) * math.log1p(-alpha)
     return float(min(1.0, np.exp(terms).sum()))
 
 
@@ -156,8 +161,6 @@ def _first_tested(rows: int, alpha: float, delta: float) -> int:
     """Where the order begins: a test that one wrong answer, or a threshold that keeps a little less than it was placed
     for, would fail is no place to begin, because the first failure ends it."""
     least = fewest_rows(alpha, delta)
-    if rows < least:
-        return len(SHARES)
     return next((at for at, share in enumerate(SHARES) if share * rows >= ROOM * least), len(SHARES) - 1)
 
 
@@ -172,25 +175,31 @@ def _point(scores: Floats, wrong: Flags, threshold: float, alpha: float) -> Poin
     )
 
 
-def _why(curve: Sequence[Point], first: int, rows: int, alpha: float, delta: float) -> str:
-    asked = f"a risk of {alpha:g} with probability {1.0 - delta:g}"
-    least = fewest_rows(alpha, delta)
-    if first >= len(curve):
-        return f"{rows} calibration rows cannot certify {asked}: it takes {least} even where every answer is right"
-    needed = [n for point in curve[first:] if (n := rows_needed(point.risk, point.kept, alpha, delta)) is not None]
-    if not needed:
-        strict = curve[first]
-        return (
-            f"no threshold has {asked}: of the surest {strict.kept:.0%} of {rows} calibration rows "
-            f"{strict.risk:.2%} are wrong"
-        )
-    return f"{rows} calibration rows cannot certify {asked}: about {min(needed)} would, by the errors among these"
+def _asked(alpha: float, delta: float) -> str:
+    return f"a risk of {alpha:g} with probability {1.0 - delta:g}"
+
+
+def _why(curve: Sequence[Point], rows: int, alpha: float, delta: float) -> str:
+    asked = _asked(alpha, delta)
+    telling = [point for point in curve if point.kept * rows * alpha >= 1.0]  # fewer rows show no risk of alpha
+    needed = [n for point in telling if (n := _rows_to_begin_at(point, alpha, delta)) is not None and n > rows]
+    if needed:
+        return f"{rows} calibration rows cannot certify {asked}: about {min(needed)} would, by the errors among these"
+    best = min(telling or curve[-1:], key=lambda point: point.risk)
+    return (
+        f"{rows} calibration rows show no threshold with {asked}: the lowest risk among them is {best.risk:.2%}, of "
+        f"the surest {best.kept:.0%}"
+    )
+
+
+def _rows_to_begin_at(point: Point, alpha: float, delta: float) -> int | None:
+    """How many rows would have this threshold tested first, and pass; None where no number would."""
+    needed = rows_needed(point.risk, point.kept, alpha, delta)
+    return None if needed is None else max(needed, math.ceil(ROOM * fewest_rows(alpha, delta) / point.kept))
 
 
 def _check(scores: Floats, wrong: Flags, places: Floats, alpha: float, delta: float) -> None:
-    for name, value in (("alpha", alpha), ("delta", delta)):
-        if not 0.0 < value < 1.0:
-            raise ConfigError(f"{name} is {value!r}, expected a number above 0 and below 1")
+    check_levels(alpha, delta)
     if scores.shape != wrong.shape or scores.ndim != 1 or not scores.size or not places.size:
         raise ConfigError(f"scores {list(scores.shape)} and wrong {list(wrong.shape)} are not one value a row")
     if not (np.isfinite(scores).all() and np.isfinite(places).all()):

@@ -39,6 +39,7 @@ def register(commands: Commands) -> None:
     _add_output(package)
     package.add_argument("--name", help="the bundle's name (default: made from the model file's)")
     package.add_argument("--version", type=int, default=1, help="the bundle's version (default: 1)")
+    package.add_argument("--cloud-only", action="store_true", help="a board that has a cloud asks it first")
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +63,7 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
             targets=file.targets,
             gates=file.gates,
             offload=file.offload,
+            cloud_only=file.cloud_only,
             name=file.name,
             version=file.version,
             labels=file.labels,
@@ -89,7 +91,15 @@ def _package(args: argparse.Namespace) -> dict[str, Any]:
     from outrider_exporters.package import package
 
     keys = [load_private_key(path) for path in args.key]
-    return package(args.file, output=args.output, name=args.name, version=args.version, signing_keys=keys).to_dict()
+    report = package(
+        args.file,
+        output=args.output,
+        name=args.name,
+        version=args.version,
+        signing_keys=keys,
+        cloud_only=args.cloud_only,
+    )
+    return report.to_dict()
 
 
 @contextlib.contextmanager

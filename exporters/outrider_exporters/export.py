@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outrider_exporters.arguments import check_arguments
+from outrider_exporters.arguments import checked
 from outrider_exporters.around import open_around
 from outrider_exporters.building import build
 from outrider_exporters.data import Data, check_data, draw_rows
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 LAYER_ROWS = 8  # of the golden rows; every activation of a row is in memory at once
 
 
+@checked
 def export(
     model: nn.Module | str | Path,
     *,
@@ -67,6 +68,7 @@ def export(
     golden: Tensors | None = None,
     offload: Offload | None = None,
     is_wrong: Wrong | None = None,
+    cloud_only: bool = False,
     report: str | Path | None = None,
     command: str = "",
     progress: OnProgress | None = None,
@@ -113,6 +115,7 @@ def export(
         offload: certify, for each variant, below which score an answer is uncertain; see Offload. A board obeys it.
         is_wrong: for ``offload``: ``is_wrong(outputs, targets) -> bool [N]`` of arrays at the caller's side; when left
             out, the first class against a class number.
+        cloud_only: the task belongs to the cloud: a board that has one asks it first, see ``outrider.Policy``.
         report: an ``.html`` file to write the report to, also when a gate was missed; the same as JSON beside it.
         command: what the report calls the command that made it.
         progress: called with a Progress as the work goes on.
@@ -125,14 +128,6 @@ def export(
         MissingExtra: torch or a converter is not installed.
     """
     begun = time.perf_counter()
-    check_arguments(
-        **{"example": example, "outputs": outputs, "evaluate": evaluate, "output": output, "fit": fit},
-        **{"recipe": recipe, "formats": formats, "targets": targets, "gates": gates, "name": name, "labels": labels},
-        **{"axes": axes, "ranges": ranges, "meanings": meanings, "dynamic_axes": dynamic_axes, "shapes": shapes},
-        **{"state": state, "preprocessing": preprocessing, "postprocessing": postprocessing, "golden": golden},
-        **{"signing_keys": signing_keys, "offload": offload, "is_wrong": is_wrong, "report": report},
-        **{"command": command, "progress": progress},
-    )
     source, caller = open_around(
         model,
         example,
@@ -179,6 +174,7 @@ def export(
         golden=golden,
         offload=offload,
         is_wrong=is_wrong,
+        cloud_only=cloud_only,
         report=None if report is None else Path(report),
         tensors={"dynamic_axes": dynamic_axes or {}, "shapes": shapes or {}, "state": state or {}},
     )
@@ -263,5 +259,6 @@ def _asked(job: Job) -> dict[str, Any]:
         recipe=job.recipe,
         gates=job.gates,
         offload=job.offload,
+        cloud_only=job.cloud_only,
         **job.tensors,
     ).to_dict()

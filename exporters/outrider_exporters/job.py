@@ -55,6 +55,7 @@ class Job:
     golden: Tensors | None = None
     offload: Offload | None = None
     is_wrong: Wrong | None = None
+    cloud_only: bool = False
     report: Path | None = None
     tensors: Mapping[str, Any] = field(default_factory=dict)
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from outrider.bundle import OffloadRule
-from outrider_exporters.certify import Certified, Point, certify
+from outrider_exporters.beside import Teacher, may_differ
+from outrider_exporters.certify import Certified, Point, certify, check_enough, check_levels
 from outrider_exporters.data import Data, check_labelled
 from outrider_exporters.rows import Predict
 from outrider_exporters.values import check_fields
@@ -44,11 +45,7 @@ class Offload:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("alpha", "delta"):
-            value = getattr(self, name)
-            if not 0.0 < value < 1.0:
-                expected = "a number above 0 and below 1"
-                raise ConfigError(f"{name} is {value!r}, expected {expected}", hint="Offload(alpha=0.01)")
+        check_levels(self.alpha, self.delta)
         try:
             Score(kind=self.score, output=self.output or "?", values=self.values)
         except FormatError as error:
@@ -69,7 +66,7 @@ def score_of(offload: Offload, interface: Interface) -> Score:
 
 
 def check_offload(offload: Offload, data: Data, interface: Interface) -> None:
-    """Refuse before any long work what cannot be certified. Raises ConfigError."""
+    """Refuse before any long work what cannot be certified. Raises ConfigError, and ExportError for too few rows."""
     if not isinstance(offload, Offload):
         raise ConfigError(f"offload is a {type(offload).__name__}, not an Offload", hint="Offload(alpha=0.01)")
     score_of(offload, interface)
@@ -77,6 +74,10 @@ def check_offload(offload: Offload, data: Data, interface: Interface) -> None:
         missing = "certification" if data.certification is None else "calibration"
         raise ConfigError(f"offload needs data.{missing}", hint=HINT)
     check_labelled(data.certification, interface, part="data.certification")
+    try:
+        check_enough(len(data.certification[1]), offload.alpha, offload.delta)
+    except ExportError as error:
+        raise ExportError(f"offload: {error}", hint=error.hint) from None
 
 
 def not_the_class(score: Score) -> Wrong:
@@ -120,19 +121,34 @@ def certified_rule(
     score = score_of(offload, interface)
     judge = is_wrong or not_the_class(score)
     inputs, targets = data.certification
-    cloud = None if teacher is None else _flags(judge, teacher(inputs), targets)
+    said = None if teacher is None else teacher(inputs)
+    cloud = None if said is None else Teacher(outputs=said, wrong=_flags(judge, said, targets))
     thresholds, measured = {}, {}
     for variant, predict in predicts.items():
         outputs = predict(inputs)
         scores, wrong = score.rows(outputs), _flags(judge, outputs, targets)
         try:
             made = certify(
-                scores, wrong, score.rows(predict(data.calibration)), alpha=offload.alpha, delta=offload.delta
+                scores,
+                wrong,
+                score.rows(predict(data.calibration)),
+                alpha=offload.alpha,
+                delta=offload.delta,
+                least=score.least_threshold,
             )
         except ExportError as error:
             raise ExportError(f"offload: variant {variant}: {error}", hint=error.hint) from None
         thresholds[variant] = made.chosen.threshold
-        measured[variant] = _measured(made, scores, wrong, cloud)
+        measured[variant] = _measured(made, scores, wrong, None if cloud is None else cloud.wrong)
+        measured[variant]["may_differ"] = may_differ(
+            score,
+            outputs,
+            scores >= made.chosen.threshold,
+            cloud,
+            alpha=offload.alpha,
+            delta=offload.delta,
+            by_class=is_wrong is None,
+        )
     return OffloadRule(
         score=score,
         alpha=offload.alpha,

@@ -60,6 +60,7 @@ def package(
     ranges: Mapping[str, tuple[float, float]] | None = None,
     meanings: Mapping[str, str] | None = None,
     signing_keys: Sequence[Ed25519PrivateKey] = (),
+    cloud_only: bool = False,
 ) -> PackageReport:
     """Pack an ``.onnx`` or ``.tflite`` file into a bundle, with the interface that the file declares.
 
@@ -75,6 +76,7 @@ def package(
         name: of the bundle; else made from the file's name.
         example: inputs by name, one row or more; needed where an axis other than the first is open.
         axes, ranges, meanings: by tensor name; axes has one letter a dimension. See TensorSpec.
+        cloud_only: its task belongs to the cloud: a board that has one asks it first, see ``outrider.Policy``.
 
     Returns:
         What was packed; ``output`` was written in one step.
@@ -113,6 +115,7 @@ def package(
         members={variant.member: path, **members},
         provenance=_provenance(path, file.format, given=example is not None),
         signing_keys=signing_keys,
+        cloud_only=cloud_only,
     )
     return PackageReport(
         path=output,

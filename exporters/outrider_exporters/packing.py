@@ -143,6 +143,7 @@ def write(
         },
         signing_keys=job.signing_keys,
         offload=offload,
+        cloud_only=job.cloud_only,
     )
 
 

@@ -79,6 +79,9 @@ def _recipe(rule: Quantize, kept: Sequence[str]) -> Any:
             manager.add_quantization_config(".*", end, algorithm_key=AlgorithmName.NO_QUANTIZE)
     elif rule.scheme == "dynamic":
         manager.add_dynamic_config(".*", every, num_bits=8, granularity=grain)
+        if not rule.per_channel:  # the engines read a scale for every channel, beyond the one that there is
+            depthwise = TFLOperationName.DEPTHWISE_CONV_2D
+            manager.add_quantization_config(".*", depthwise, algorithm_key=AlgorithmName.NO_QUANTIZE)
     elif rule.scheme == "int4":
         manager.add_dynamic_config(".*", TFLOperationName.FULLY_CONNECTED, num_bits=4)
         manager.add_dynamic_config(".*", TFLOperationName.EMBEDDING_LOOKUP, num_bits=8)

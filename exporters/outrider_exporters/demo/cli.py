@@ -27,11 +27,15 @@ def register(commands: Commands) -> None:
         summary="The whole way on this machine: train, export, run, report over MQTT, fall back to the cloud.",
         example="outrider demo --output demo-output",
     )
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for what it writes")
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo-output"), help="folder for what it writes (default: %(default)s)"
+    )
     parser.add_argument("--broker", help="use this broker, mqtt://host:port, not the demo's own")
-    parser.add_argument("--stream", type=int, default=6_000, help="inputs that the device answers (at least 5000)")
-    parser.add_argument("--rate", type=float, default=200.0, help="inputs a second")
-    parser.add_argument("--seed", type=int, default=0, help="of every random choice")
+    parser.add_argument(
+        "--stream", type=int, default=6_000, help="inputs that the device answers, 5000 or more (default: %(default)s)"
+    )
+    parser.add_argument("--rate", type=float, default=200.0, help="inputs a second (default: %(default)g)")
+    parser.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
 
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:

@@ -70,11 +70,16 @@ def load_digits(seed: int) -> Digits:
     return Digits(train=parts[0], calibration=parts[1], test=parts[2])
 
 
-def disturbed(part: Part, count: int, how: Disturbance, rng: np.random.Generator) -> Part:
-    """``count`` images drawn from a part, each shifted, rotated and noised by its own random amount."""
+def disturbed(part: Part, count: int | None, how: Disturbance, rng: np.random.Generator) -> Part:
+    """Images of a part, each shifted, rotated and noised by its own random amount.
+
+    Args:
+        count: so many, drawn with replacement; None takes each once, in order.
+    """
     from scipy import ndimage
 
-    chosen = rng.integers(0, len(part.labels), count)
+    chosen = np.arange(len(part.labels)) if count is None else rng.integers(0, len(part.labels), count)
+    count = len(chosen)
     angles = np.deg2rad(rng.uniform(-how.rotation_deg, how.rotation_deg, count))
     shifts = rng.uniform(-how.shift_px, how.shift_px, (count, 2))
     levels = rng.uniform(0.0, how.noise, count)

@@ -110,7 +110,7 @@ def answers_http(url: str) -> Callable[[], bool]:
 
     def probe() -> bool:
         try:
-            with urllib.request.urlopen(url, timeout=1.0) as reply:
+            with urllib.request.urlopen(url, timeout=10.0) as reply:
                 return bool(reply.status == 200)
         except OSError:
             return False

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from outrider_exporters.demo.score import SERVICE_COLUMNS, service_rows
 from outrider_exporters.demo.stream import Outcome
 from outrider_exporters.report.html import BLUE, GREEN, ORANGE, RASTER_DPI, RED, figure, note, svg, table, write_page
+from outrider_exporters.report.offload import offload_section
 
 COLOURS = {"edge": BLUE, "cloud": ORANGE, "edge_degraded": RED, "hybrid": GREEN}
 PACKAGES = ("outrider", "torch", "onnx", "onnxruntime", "ai-edge-litert", "ai-edge-quantizer", "torch-pruning")
@@ -28,7 +30,9 @@ def write_report(path: Path, result: dict[str, Any], outcome: Outcome, *, deadli
     """Write the page, and its picture of every request as ``requests.png`` beside it; return the page's path."""
     sections = [
         _accuracy_section(result),
+        _offload_section(result),
         _timeline_section(result, outcome, deadline_ms, path.with_name("requests.png")),
+        _service_section(result),
         _telemetry_section(result),
         _variants_section(result),
         _environment_section(),
@@ -50,7 +54,22 @@ def _accuracy_section(result: dict[str, Any]) -> str:
         f"The hybrid asked the cloud for {result['offloaded']:.1%} of the answers. Against the board alone it gains "
         f"{100 * low:.1f} to {100 * high:.1f} points (95 % interval, paired bootstrap), with the outage counted in."
     )
-    return f"<h2>Accuracy</h2>{svg(drawing, text)}"
+    return f"<h2>Accuracy</h2>{svg(drawing, text)}{note(_threshold_text(result))}"
+
+
+def _threshold_text(result: dict[str, Any]) -> str:
+    threshold = result["threshold"]
+    wrong = threshold["kept_wrong"]
+    seen = "" if wrong is None else f" Of those that it kept in this stream, {wrong:.1%} were wrong."
+    return f"{threshold['text']}{seen}"
+
+
+def _offload_section(result: dict[str, Any]) -> str:
+    """The curve of the variant that the board chose; nothing where no threshold is certified."""
+    rule, served = result["offload"], result["served"]
+    if not rule:
+        return ""
+    return offload_section({"offload": {**rule, "measured": {served: rule["measured"][served]}}})
 
 
 def _timeline_section(result: dict[str, Any], outcome: Outcome, deadline_ms: float, picture: Path) -> str:
@@ -85,6 +104,11 @@ def _timeline_section(result: dict[str, Any], outcome: Outcome, deadline_ms: flo
     )
     drawing.savefig(picture, dpi=RASTER_DPI)
     return f"<h2>Every request</h2>{svg(drawing, text)}"
+
+
+def _service_section(result: dict[str, Any]) -> str:
+    text = "Availability is the share of the requests that got an answer; times are until that, on this machine."
+    return f"<h2>Service quality</h2>{table(SERVICE_COLUMNS, service_rows(result['service']))}{note(text)}"
 
 
 def _telemetry_section(result: dict[str, Any]) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,22 +14,31 @@ from numpy.typing import NDArray
 from outrider_exporters.demo.console import Narrator
 from outrider_exporters.demo.data import GENTLE, STREAM, Digits, Part, disturbed, load_digits
 from outrider_exporters.demo.score import (
+    SERVICE_COLUMNS,
     accuracy,
+    kept_wrong,
     labels_of,
     margin_threshold,
     margins_of,
     paired_interval,
+    service_quality,
+    service_rows,
 )
 from outrider_exporters.demo.stream import DEADLINE_MS, Cast, Outcome, run_stream
-from outrider_runtimes.errors import ConfigError
+from outrider_runtimes.errors import ConfigError, ExportError
+
+if TYPE_CHECKING:
+    from outrider_exporters import Offload
 
 STEPS = 6
 MARK = ".outrider-demo"  # in a folder that the demo may empty
 CACHE = "cache"
-RISK = 0.03  # share of wrong answers that the board may keep, on the calibration part
+RISK = 0.05  # share of wrong answers that the board may keep
+DELTA = 0.1  # the probability that a certificate of it does not hold
+CERTIFICATION_SAMPLES = 4_000  # ten times the fewest: the surest of the answers may be wrong now and then
 MAX_DROP_POINTS = 1.0
 GATE_SAMPLES = 2_000
-CALIBRATION_SAMPLES = 2_000
+CALIBRATION_SAMPLES = 1_000
 FINE_TUNING_SAMPLES = 8_000
 GOLDEN_ROWS = 64
 
@@ -54,23 +64,34 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """The two bundles, and the export's own report of the small one."""
+    """The two bundles, and the export's own report of the small one; ``uncertified``: why it has no threshold."""
 
     bundle: Path
     cloud_bundle: Path
     trust: Path
     report: dict[str, Any]
+    uncertified: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """Per input of the stream whether each side was right, and what was sent."""
+    """Per input of the stream whether each side was right, and what was sent; ``served``: the board's variant."""
 
+    served: str
     edge: NDArray[np.bool_]
     cloud: NDArray[np.bool_]
     hybrid: NDArray[np.bool_]
     outage: dict[str, Any]
     offloaded: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """When an answer is asked of the cloud: below ``min_margin``; None where the bundle says so of each variant, and
+    that is certified. ``text`` is what is to be said of it."""
+
+    min_margin: float | None
+    text: str
 
 
 def run_demo(settings: Settings, say: Narrator) -> dict[str, Any]:
@@ -84,8 +105,9 @@ def run_demo(settings: Settings, say: Narrator) -> dict[str, Any]:
         small, strong, trained = _train(digits, settings.seed, folder / CACHE, say)
     with say.step("prune, distil and quantize the small one; pack and sign the bundles"):
         exported = _export((small, strong), digits, settings.seed, folder, say)
+        threshold = _threshold(exported, digits, settings, folder)
+        say.say(threshold.text)
     stream = disturbed(digits.test, settings.stream, STREAM, np.random.default_rng(settings.seed + 2))
-    min_margin = _min_margin(exported, digits, settings.seed, folder)
     cast = Cast(
         folder=folder,
         bundle=exported.bundle,
@@ -93,12 +115,13 @@ def run_demo(settings: Settings, say: Narrator) -> dict[str, Any]:
         trust=exported.trust,
         broker_url=settings.broker,
         rate_hz=settings.rate_hz,
-        min_margin=min_margin,
+        min_margin=threshold.min_margin,
     )
     outcome = run_stream(cast, stream.images, say)
     with say.step("score the answers"):
         scored = _score(exported, stream, outcome, folder)
         result = _result(exported, scored, outcome, trained=trained, seed=settings.seed)
+        result["threshold"] = {**asdict(threshold), "kept_wrong": kept_wrong(outcome.answers, scored.hybrid)}
     with say.step("write the report"):
         path = write_report(folder / "report.html", result, outcome, deadline_ms=DEADLINE_MS)
         say.say(str(path))
@@ -141,37 +164,38 @@ def _train(digits: Digits, seed: int, cache: Path, say: Narrator) -> tuple[Any, 
     return small, strong, small_trained or strong_trained
 
 
+Report = TypeVar("Report")
+
+
+def certified_if_possible(
+    make: Callable[[Offload | None], Report], offload: Offload, say: Narrator
+) -> tuple[Report, str]:
+    """An export with a certified threshold; where that cannot be had, one without, and why."""
+    try:
+        return make(offload), ""
+    except ExportError as error:
+        if not str(error).startswith("offload: "):
+            raise
+        say.say(f"no certified threshold, so again without: {error}")
+        return make(None), str(error)
+
+
 def _export(models: tuple[Any, Any], digits: Digits, seed: int, folder: Path, say: Narrator) -> Exported:
     from outrider.bundle import generate_key, save_keypair
-    from outrider_exporters import Data, Distill, MaxDrop, Prune, Quantize, Recipe, export
+    from outrider_exporters import Distill, MaxDrop, Offload, Prune, Quantize, Recipe, export
     from outrider_exporters.demo.networks import train
 
     small, strong = models
-    rng = np.random.default_rng(seed + 1)
-    train_part = disturbed(digits.train, FINE_TUNING_SAMPLES, GENTLE, rng)
     key = generate_key()
     _, trust = save_keypair(folder / "keys", "demo", key)
-    common: dict[str, Any] = {
-        "example": {"image": digits.calibration.images[:1]},
-        "outputs": ["logits"],
-        "labels": tuple("0123456789"),
-        "data": Data(
-            train=({"image": train_part.images}, train_part.labels),
-            calibration={"image": digits.calibration.images},
-            test=disturbed(digits.test, GATE_SAMPLES, GENTLE, rng),
-        ),
-        "golden": {"image": digits.test.images[:GOLDEN_ROWS]},
-        "evaluate": accuracy,
-        "signing_keys": [key],
-        "seed": seed,
-    }
+    common = {**_common(digits, seed), "signing_keys": [key]}
 
     def fit(model: Any, part: Any) -> None:
         images, labels = part
         train(model, Part(images=images["image"], labels=labels), epochs=3, learning_rate=1e-3, seed=seed)
 
-    with say.activity() as show:
-        report = export(
+    def make(offload: Offload | None) -> Any:
+        return export(
             small,
             **common,
             name="digits",
@@ -180,10 +204,14 @@ def _export(models: tuple[Any, Any], digits: Digits, seed: int, folder: Path, sa
             recipe=Recipe([Prune(ratio=0.5), Distill(temperature=4.0), Quantize("int8")]),
             formats=("onnx", "tflite"),
             gates=[MaxDrop("accuracy", points=MAX_DROP_POINTS)],
+            offload=offload,
             output=folder / "digits.outrider",
             report=folder / "export.html",
             progress=show,
         )
+
+    with say.activity() as show:
+        report, uncertified = certified_if_possible(make, Offload(alpha=RISK, delta=DELTA), say)
         export(strong, **common, name="digits-large", formats=("onnx",), output=folder / "digits-large.outrider")
     say.say(f"what the export did, layer by layer: {folder / 'export.html'}")
     for stage in (report.baseline, *report.stages):
@@ -193,25 +221,70 @@ def _export(models: tuple[Any, Any], digits: Digits, seed: int, folder: Path, sa
         cloud_bundle=folder / "digits-large.outrider",
         trust=trust,
         report=report.to_dict(),
+        uncertified=uncertified,
     )
 
 
-def _load(bundle: Path, exported: Exported, folder: Path) -> Any:
+def _common(digits: Digits, seed: int) -> dict[str, Any]:
+    """What both exports are given. The rows of the certificate are drawn as the stream is, and from the same images."""
+    from outrider_exporters import Data
+
+    rng = np.random.default_rng(seed + 1)
+    train_part = disturbed(digits.train, FINE_TUNING_SAMPLES, GENTLE, rng)
+    test = disturbed(digits.test, GATE_SAMPLES, GENTLE, rng)
+    certification = disturbed(digits.test, CERTIFICATION_SAMPLES, STREAM, rng)
+    return {
+        "example": {"image": digits.calibration.images[:1]},
+        "outputs": ["logits"],
+        "labels": tuple("0123456789"),
+        "data": Data(
+            train=({"image": train_part.images}, train_part.labels),
+            calibration={"image": disturbed(digits.calibration, CALIBRATION_SAMPLES, STREAM, rng).images},
+            certification=({"image": certification.images}, certification.labels),
+            test=test,
+        ),
+        "golden": {"image": digits.test.images[:GOLDEN_ROWS]},
+        "evaluate": accuracy,
+        "seed": seed,
+    }
+
+
+def _load(bundle: Path, exported: Exported, state: Path) -> Any:
     import outrider
 
-    return outrider.load(bundle, trust=exported.trust, state=folder / "score-state")
+    return outrider.load(bundle, trust=exported.trust, state=state)
 
 
-def _min_margin(exported: Exported, digits: Digits, seed: int, folder: Path) -> float:
-    """The margin below which an answer is asked of the cloud, from the calibration part disturbed as the stream is."""
-    part = disturbed(digits.calibration, CALIBRATION_SAMPLES, STREAM, np.random.default_rng(seed + 3))
-    with _load(exported.bundle, exported, folder) as model:
+def _threshold(exported: Exported, digits: Digits, settings: Settings, folder: Path) -> Threshold:
+    """What the export certified; where it could not, a plug-in estimate of this machine's variant."""
+    if rule := exported.report["offload"]:
+        return Threshold(
+            min_margin=None,
+            text=(
+                f"The threshold is certified by Learn-then-Test on {rule['rows']:,} images: with probability "
+                f"{1.0 - DELTA:g} over them at most {RISK:.0%} of the answers that the board keeps are wrong. They are "
+                f"drawn as the stream is, from the same {len(digits.test.labels)} handwritten images, which no network "
+                "was trained on; of other handwriting it says nothing."
+            ),
+        )
+    part = disturbed(digits.calibration, CALIBRATION_SAMPLES, STREAM, np.random.default_rng(settings.seed + 3))
+    with _load(exported.bundle, exported, folder / "score-state") as model:
         right = labels_of(model.predict, part.images) == part.labels
-        return margin_threshold(margins_of(model.predict, part.images), right, risk=RISK)
+        return Threshold(
+            min_margin=margin_threshold(margins_of(model.predict, part.images), right, risk=RISK),
+            text=(
+                "The threshold is a plug-in estimate, which promises nothing for other images: "
+                f"{exported.uncertified.removeprefix('offload: ')}."
+            ),
+        )
 
 
 def _score(exported: Exported, stream: Part, outcome: Outcome, folder: Path) -> Scored:
-    with _load(exported.bundle, exported, folder) as edge, _load(exported.cloud_bundle, exported, folder) as cloud:
+    with (
+        _load(exported.bundle, exported, folder / "device-state") as edge,
+        _load(exported.cloud_bundle, exported, folder / "score-state") as cloud,
+    ):
+        served = edge.variant
         edge_right = labels_of(edge.predict, stream.images) == stream.labels
         cloud_right = labels_of(cloud.predict, stream.images) == stream.labels
     answers = outcome.answers
@@ -220,6 +293,7 @@ def _score(exported: Exported, stream: Part, outcome: Outcome, folder: Path) -> 
     down, up = outcome.endpoint_down
     during = [line for line in answers if down <= line["at_s"] < up]
     return Scored(
+        served=served,
         edge=edge_right[rows],
         cloud=cloud_right[rows],
         hybrid=hybrid,
@@ -245,6 +319,8 @@ def _result(exported: Exported, scored: Scored, outcome: Outcome, *, trained: bo
             "size_bytes": exported.bundle.stat().st_size,
             "variants": [_variant(row) for row in exported.report["variants"]],
         },
+        "served": scored.served,
+        "offload": exported.report["offload"],
         "stages": exported.report["stages"],
         "baseline": exported.report["baseline"],
         "accuracy": {
@@ -262,6 +338,7 @@ def _result(exported: Exported, scored: Scored, outcome: Outcome, *, trained: bo
             "deadline_ms": DEADLINE_MS,
         },
         "outage": scored.outage,
+        "service": service_quality(answers),
         "telemetry": {
             **{name: outcome.account[name] for name in ("enqueued", "delivered", "pending", "dropped")},
             "received": outcome.consumer["received"],
@@ -308,5 +385,6 @@ def say_tables(result: dict[str, Any], say: Narrator) -> None:
             ],
         ],
     )
+    say.table("Service quality", SERVICE_COLUMNS, service_rows(result["service"]))
     account = result["telemetry"]
     say.table("Telemetry, in records", list(account), [[str(value) for value in account.values()]])

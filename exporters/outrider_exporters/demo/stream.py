@@ -27,7 +27,7 @@ WORKSTATION_ONLY = {"torch", "onnx", "rich", "sklearn", "outrider_exporters"}
 
 @dataclass(frozen=True, kw_only=True)
 class Cast:
-    """Where the files and the servers of one run are."""
+    """Where the files and the servers of one run are; ``min_margin``: None where the bundle has thresholds."""
 
     folder: Path
     bundle: Path
@@ -35,7 +35,7 @@ class Cast:
     trust: Path
     broker_url: str | None
     rate_hz: float
-    min_margin: float
+    min_margin: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ rate_hz = {cast.rate_hz}
 
 [policy]
 deadline_ms = {DEADLINE_MS}
-min_margin = {cast.min_margin}
+{"" if cast.min_margin is None else f"min_margin = {cast.min_margin}"}
 
 [cloud]
 url = "http://127.0.0.1:{endpoint_port}"

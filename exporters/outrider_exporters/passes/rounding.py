@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -164,7 +165,7 @@ def seen_ranges(places: Places, values: Mapping[int, torch.Tensor]) -> dict[int,
     return found
 
 
-class _Watching(TorchFunctionMode):
+class _Watching(TorchFunctionMode, ABC):
     """Sees every call of a function of torch; one that files make of several operators as these."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -176,8 +177,9 @@ class _Watching(TorchFunctionMode):
             return parts
         return self._see(name, func, args, given)
 
+    @abstractmethod
     def _see(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        raise NotImplementedError
+        """The call's result; ``name`` is the operator that files know it by."""
 
 
 class _Tracer(_Watching):

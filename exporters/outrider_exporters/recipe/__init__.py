@@ -112,6 +112,7 @@ class RecipeFile:
     recipe: Recipe = Recipe()
     gates: tuple[Gate, ...] = ()
     offload: Offload | None = None
+    cloud_only: bool = False
 
     @classmethod
     def from_toml(cls, path: str | Path) -> RecipeFile:
@@ -136,7 +137,7 @@ class RecipeFile:
     def from_dict(cls, data: Mapping[str, Any]) -> RecipeFile:
         """The inverse of ``to_dict``. Raises ConfigError naming the key's path."""
         plain = {"model", "name", "version", "formats", "targets", "labels", "seed", "passes", "gates", "offload"}
-        _check_keys(data, {*plain, *NAMED}, "")
+        _check_keys(data, {*plain, "cloud_only", *NAMED}, "")
         model = data.get("model", {})
         if not isinstance(model, Mapping):
             raise ConfigError("model: expected a table", hint='[model] source = "module:function"')
@@ -144,6 +145,8 @@ class RecipeFile:
         values: dict[str, Any] = {key: _value("int", data[key], key) for key in ("version", "seed") if key in data}
         values |= {key: _texts(data[key], key) for key in ("formats", "targets", "labels") if key in data}
         values |= {key: _named(kind, data[key], key) for key, kind in NAMED.items() if key in data}
+        if "cloud_only" in data:
+            values["cloud_only"] = _value("bool", data["cloud_only"], "cloud_only")
         if "name" in data:
             values["name"] = _value("str", data["name"], "name")
         return cls(
@@ -165,6 +168,8 @@ class RecipeFile:
         out |= {key: _plain(getattr(self, key)) for key in NAMED if getattr(self, key)}
         if self.offload is not None:
             out["offload"] = dataclasses.asdict(self.offload)
+        if self.cloud_only:
+            out["cloud_only"] = True
         return {**out, **self.recipe.to_dict(), "gates": [gate_to_dict(gate) for gate in self.gates]}
 
 

@@ -55,6 +55,7 @@ def recipe_schema() -> dict[str, Any]:
             "passes": {"type": "array", "items": _one_of(TRANSFORMS)},
             "gates": {"type": "array", "items": _one_of(GATES)},
             "offload": _table(Offload),
+            "cloud_only": {"type": "boolean", "default": False},
         },
     }
 

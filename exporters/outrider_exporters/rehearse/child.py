@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from outrider.admit.supervise import enter_limits
+from outrider.admit.trial import reporter
 from outrider.bundle import GoldenArrays, Manifest, load_golden, parse_manifest
-from outrider.supervise import enter_limits
-from outrider.trial import reporter
 from outrider_runtimes.board import this_board
 from outrider_runtimes.bound import BoundSession
 from outrider_runtimes.engines import engine_named

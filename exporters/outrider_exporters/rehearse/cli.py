@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outrider.cli.options import add_trust
+from outrider.cli.options import add_trust, number
 from outrider_exporters.rehearse.plan import TIMEOUT_S
 from outrider_runtimes.errors import ConfigError
 from outrider_runtimes.targets import TARGETS
@@ -15,6 +15,9 @@ from outrider_runtimes.targets import TARGETS
 if TYPE_CHECKING:
     from outrider.cli import Commands
     from outrider_exporters.rehearse.report import Rehearsal
+
+
+LONGEST_S = 7 * 86_400.0
 
 
 def register(commands: Commands) -> None:
@@ -33,7 +36,13 @@ def register(commands: Commands) -> None:
     parser.add_argument(
         "--target", action="append", required=True, choices=list(TARGETS), help="the board; repeatable", dest="targets"
     )
-    parser.add_argument("--timeout", type=float, default=TIMEOUT_S, metavar="S", help="for one variant on one engine")
+    parser.add_argument(
+        "--timeout",
+        type=number(1, LONGEST_S),
+        default=TIMEOUT_S,
+        metavar="S",
+        help="for one variant on one engine (default: %(default)g)",
+    )
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="where userlands are kept (default: the user's)")
     parser.add_argument("--sources", type=Path, metavar="FILE", help="a sources.list for apt (default: this machine's)")
     parser.add_argument(
@@ -50,8 +59,6 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     from outrider.bundle import find_trust
     from outrider_exporters.rehearse.run import rehearse
 
-    if not args.timeout > 0:
-        raise ConfigError(f"--timeout {args.timeout:g} is not above 0")
     if args.key and args.write_tolerance is None:
         raise ConfigError("--key signs what --write-tolerance writes, and that was not asked for")
     found = rehearse(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import outrider
 import outrider_runtimes
-from outrider.supervise import default_rss_bytes
+from outrider.admit.supervise import default_rss_bytes
 from outrider_exporters.rehearse.plan import cpuinfo, emulator_of, guest_environment, recipe_for
 from outrider_exporters.rehearse.userland import Say, find_tool, made_once, userland
 from outrider_runtimes.board import this_board

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from outrider.admit.supervise import Ended, Limits, run_command
 from outrider.bundle import Bundle, Manifest, Trust, Variant, open_bundle
-from outrider.supervise import Ended, Limits, run_command
 from outrider_exporters.rehearse import child
 from outrider_exporters.rehearse.lane import Lane, lane_for
 from outrider_exporters.rehearse.plan import TIMEOUT_S

@@ -32,7 +32,7 @@ def offload_section(report: Mapping[str, Any]) -> str:
         f"An answer with a {rule['score']['kind']} below the threshold is uncertain, and is offloaded where the board "
         f"can. Certified on {rule['rows']} rows by Learn-then-Test: {sure}. The shares below are of these rows."
     )
-    header = ["variant", "threshold", "offloaded", "kept and right", "together with the teacher"]
+    header = ["variant", "threshold", "offloaded", "right of the kept", "together with the teacher"]
     plots = [_plot(variant, measured) for variant, measured in rule["measured"].items()]
     return f"<h2>When the cloud is asked</h2>{note(text)}{table(header, rows)}{''.join(plots)}"
 
