@@ -13,7 +13,23 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import coldstart, grid, idle, overhead, readme, variants
+from benchmarks import (
+    cascade,
+    client,
+    coldstart,
+    endpoint,
+    grid,
+    idle,
+    install,
+    overhead,
+    overload,
+    overshoot,
+    ray_serve,
+    readme,
+    risk,
+    telemetry,
+    variants,
+)
 from benchmarks.exporters import picture, suite
 from benchmarks.exporters.subjects import SUBJECTS
 from benchmarks.measure import say, write_results
@@ -24,6 +40,15 @@ SUITES = {
     "coldstart": coldstart.run,
     "idle": idle.run,
     "grid": grid.run,
+    "install": install.run,
+    "overshoot": overshoot.run,
+    "client": client.run,
+    "cascade": cascade.run,
+    "risk": risk.run,
+    "overload": overload.run,
+    "telemetry": telemetry.run,
+    "endpoint": endpoint.run,
+    "ray_serve": ray_serve.run,
     "exporters": suite.run,
 }
 QUICK = ("overhead", "variants")

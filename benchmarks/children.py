@@ -68,11 +68,24 @@ def run_program(program: str, *arguments: str, cache: Path | None = None) -> Ran
 def interleaved_runs(
     programs: Mapping[str, Sequence[str]], *, rounds: int, rng: np.random.Generator, cache: Path | None = None
 ) -> dict[str, list[Ran]]:
-    """Each program (source and arguments) once a round, in an order drawn anew; one round before is not kept."""
+    """Each program (source and arguments) once a round, in ``balanced_orders``; one round before is not kept."""
     runs: dict[str, list[Ran]] = {name: [] for name in programs}
-    for number in range(rounds + 1):
-        for name in rng.permutation(list(programs)):
-            ran = run_program(*programs[name], cache=cache)
-            if number:
-                runs[name].append(ran)
+    for name in programs:
+        run_program(*programs[name], cache=cache)
+    for order in balanced_orders(list(programs), rounds, rng):
+        for name in order:
+            runs[name].append(run_program(*programs[name], cache=cache))
     return runs
+
+
+def balanced_orders(names: Sequence[str], rounds: int, rng: np.random.Generator) -> list[list[str]]:
+    """The order of each round: in every ``len(names)`` rounds each name stands once in each position.
+
+    An order is drawn, followed by its rotations, then another one is drawn: what a run leaves behind for the next one,
+    in caches and in the processor's clock, falls on all alike.
+    """
+    orders: list[list[str]] = []
+    while len(orders) < rounds:
+        drawn = [names[at] for at in rng.permutation(len(names))]
+        orders += [drawn[shift:] + drawn[:shift] for shift in range(len(names))]
+    return orders[:rounds]

@@ -15,10 +15,10 @@ import numpy as np
 import outrider
 from benchmarks.children import Ran, interleaved_runs, run_program
 from benchmarks.handmade import FORMATS, dense, write_handmade
-from benchmarks.measure import TWIN, say
+from benchmarks.measure import TRIES, TWIN, say
 from benchmarks.stats import TWIN_LIMIT, Times, difference, ratio
 
-ROUNDS = 25
+ROUNDS = 120  # a multiple of the contenders; of fewer the twin alone is 3 % off now and then
 ALLOWED_RATIO, ALLOWED_MB, ALLOWED_IMPORT_MS = 1.3, 10.0, 30.0
 FIRST_CALLS = 200  # a bundle is on trial at first, and its state then changes from call to call
 NETWORK = dense("cold", 256, 3)
@@ -92,13 +92,22 @@ def _starts(format_: str, folder: Path, rng: np.random.Generator) -> dict[str, A
         "raw" + TWIN: raw,
         "outrider": (OURS, NETWORK.name, str(state), width),
     }
-    runs = interleaved_runs(programs, rounds=ROUNDS, rng=rng, cache=folder / "compiled")
+    for _ in range(TRIES):  # again while the twin says that it was noise
+        runs = interleaved_runs(programs, rounds=ROUNDS, rng=rng, cache=folder / "compiled")
+        found = _compared(runs, rng)
+        if found["valid"]:
+            break
+    return found
+
+
+def _compared(runs: dict[str, list[Ran]], rng: np.random.Generator) -> dict[str, Any]:
     times, memory = (
         {name: _column(ran, what) for name, ran in runs.items()} for what in ("first_line_ms", "peak_bytes")
     )
     found = ratio(times["outrider"], times["raw"], rng)
     more = difference(memory["outrider"] / 1e6, memory["raw"] / 1e6, rng)
     twin = ratio(times["raw" + TWIN], times["raw"], rng)
+    valid = bool(abs(twin.value - 1.0) <= TWIN_LIMIT)
     return {
         "p50_ms": {name: float(np.median(values)) for name, values in times.items()},
         "ratio": vars(found),
@@ -107,8 +116,8 @@ def _starts(format_: str, folder: Path, rng: np.random.Generator) -> dict[str, A
         "more_mb": vars(more),
         "allowed_mb": ALLOWED_MB,
         "twin": vars(twin),
-        "valid": abs(twin.value - 1.0) <= TWIN_LIMIT,
-        "kept": found.value <= ALLOWED_RATIO and more.value <= ALLOWED_MB,
+        "valid": valid,
+        "kept": bool(valid and found.value <= ALLOWED_RATIO and more.value <= ALLOWED_MB),
     }
 
 

@@ -15,7 +15,7 @@ import outrider
 from benchmarks.handmade import Network, dense, write_handmade
 from benchmarks.measure import TWIN, Call, compare_calls, say
 from benchmarks.stats import TWIN_LIMIT, ratio
-from outrider.admission import Measured
+from outrider.admit.admission import Measured
 from outrider.model import Model
 
 SUBJECTS = (dense("tiny", 64, 1), dense("small", 384, 3), dense("middle", 1024, 4), dense("large", 2048, 5))
@@ -61,6 +61,7 @@ def _subject(network: Network, folder: Path) -> dict[str, Any]:
     best = min(found.p50_us, key=lambda name: found.p50_us[name])
     against = ratio(times[chosen], times[best], np.random.default_rng(1))
     same = ratio(times[chosen + TWIN], times[chosen], np.random.default_rng(1))
+    valid = bool(abs(same.value - 1.0) <= TWIN_LIMIT)
     return {
         "chosen": chosen,
         "reason": report.choice.reason,
@@ -68,8 +69,8 @@ def _subject(network: Network, folder: Path) -> dict[str, Any]:
         "p50_us": found.p50_us,
         "ratio_to_best": vars(against),
         "twin": vars(same),
-        "valid": abs(same.value - 1.0) <= TWIN_LIMIT,
-        "kept": against.value <= ALLOWED_RATIO,
+        "valid": valid,
+        "kept": bool(valid and against.value <= ALLOWED_RATIO),
     }
 
 
