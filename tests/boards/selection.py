@@ -12,16 +12,19 @@ TESTS = Path(__file__).parents[1]
 ON_EVERY_BOARD = frozenset(
     ["numpy", "cryptography", "outrider", "outrider_runtimes", "pytest", "hypothesis", *sys.stdlib_module_names]
 )
+SERVER = "outrider.endpoint"  # stands on packages of the extra [serve]
 # Minutes of an emulator, for what has nothing to do with the processor; or what is of this machine.
 LEFT_OUT = {
+    "unit/test_agent_doc.py": "is about a page of this repository",
     "unit/test_bundle_flips.py": "hashes 100,000 flipped bits",
+    "unit/test_cli_numbers.py": "asks an installed distribution for its commands",
+    "unit/test_effort.py": "is about this repository's Makefile",
     "unit/test_public_names.py": "is about an installed distribution",
     "unit/test_setup.py": "is about this repository's scripts",
 }
 DESELECTED = {
     "unit/test_engine_registry.py::test_for_a_format": "asks for both engines",
     "unit/test_engine_registry.py::test_require_engines_gives_what_engines_for_gives": "asks for both engines",
-    "unit/test_spool.py::test_kill_9_of_the_writer_leaves_an_exact_account": "starts ten emulators one after the other",
 }
 # Property tests try hundreds of cases each; the loop has them.
 MARKERS = "not slow and not hypothesis"
@@ -45,6 +48,8 @@ def _loads(file: Path, allowed: Collection[str], *, everywhere: bool = False) ->
     if not file.is_file():
         return True  # the package of helpers, or a name in a module that is looked at by its own import
     names = _imported(file, everywhere=everywhere)
+    if any(name == SERVER or name.startswith(f"{SERVER}.") for name in names):
+        return False
     helpers = {name for name in names if name.split(".")[0] == "support"}
     return all(name.split(".")[0] in allowed for name in names - helpers) and all(
         _loads(TESTS / f"{name.replace('.', '/')}.py", allowed, everywhere=everywhere) for name in helpers

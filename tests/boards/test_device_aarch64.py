@@ -10,9 +10,9 @@ import pytest
 from support.boards import INSTALL_AND_ANSWER, run_device_tests, run_on_board
 from support.realbundles import expected, images, make_real_bundle
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2000)]
 
-HAS = ("onnxruntime", "ai_edge_litert", "flatbuffers")
+HAS = ("onnxruntime", "ai_edge_litert", "flatbuffers", "paho")
 
 
 def test_the_device_part_of_the_suite_passes_on_64_bit_arm(tmp_path, record_property):

@@ -206,7 +206,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
         assert process.poll() is None, said
     process.send_signal(signal.SIGINT)
     assert "error: interrupted" in process.stderr.read()
-    assert process.wait(60) == 130
+    assert process.wait(200) == 130
     process.stderr.close()
     assert mentioned(str(scratch)) == []
     assert list(scratch.iterdir()) == []

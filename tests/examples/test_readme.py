@@ -42,6 +42,7 @@ def test_the_two_commands_stand_at_the_top() -> None:
 
 def test_the_figures_come_from_the_committed_results() -> None:
     assert readme.replaced(README, readme.figures()) == README
+    assert readme.PAGE.read_text(encoding="utf-8") == readme.page()
 
 
 def test_links_lead_somewhere() -> None:

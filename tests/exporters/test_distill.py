@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import signal
 import subprocess
@@ -29,7 +28,7 @@ from outrider_exporters.sources.module import torch_predict
 from outrider_runtimes.errors import ConfigError, ExportError
 from outrider_runtimes.tensors import TensorSpec
 from support.distilling import EPOCHS, bench
-from support.exporters import fit, workshop
+from support.exporters import fit, state_of, workshop
 
 pytestmark = pytest.mark.slow
 
@@ -180,10 +179,6 @@ def test_probabilities_in_one_network_only_are_refused():
 # --- stopped and gone on with
 
 
-def state_of(network):
-    return copy.deepcopy(network.state_dict())
-
-
 def assert_same(first, second):
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
@@ -318,7 +313,7 @@ def test_ctrl_c_and_the_same_command_again(tmp_path):
         if line.startswith("epoch 2"):
             process.send_signal(signal.SIGINT)
             break
-    process.communicate(timeout=60)
+    process.communicate(timeout=250)
     assert process.returncode != 0
     assert not (tmp_path / "out.pt").exists()
     network, context = bench()
@@ -336,7 +331,7 @@ def test_two_processes_reach_the_weights_of_one(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     process = child(tmp_path / "twice", tmp_path / "out.pt", launcher=launcher)
     try:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=280)
     finally:
         process.terminate()  # torchrun ends its children
     assert process.returncode == 0, errors

@@ -167,7 +167,7 @@ def test_importing_the_package_and_its_commands_is_light():
         "assert not {'torch', 'onnx', 'onnxruntime', 'rich', 'litert_torch'} & set(sys.modules)\n"
         "assert set(outrider_exporters.__all__) <= set(dir(outrider_exporters))\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=250)
 
 
 # --- small rules
@@ -235,6 +235,7 @@ def test_a_converter_that_is_missing_is_named_before_any_work(model, data, tmp_p
     def without(name, package=None):
         return None if name == "ai_edge_quantizer" else found(name, package)
 
+    # As an environment without it: a second one with torch and without this wheel would be gigabytes.
     monkeypatch.setattr(importlib.util, "find_spec", without)
     with pytest.raises(MissingExtra, match="'ai_edge_quantizer'") as caught:
         run(

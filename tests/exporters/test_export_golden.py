@@ -92,7 +92,7 @@ def test_answers_must_be_finite():
         build({"onnx-float32": answers(1.0)}, reference=answers(np.inf))
 
 
-def test_inputs_are_checked():
+def test_golden_inputs_of_another_shape_or_of_no_row_are_refused():
     with pytest.raises(ShapeError):
         build({"onnx-float32": answers(1.0)}, inputs=X[:, :3])
     with pytest.raises(ExportError, match="one row"):

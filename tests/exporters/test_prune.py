@@ -20,13 +20,9 @@ from outrider_exporters.passes.sensitivity import Point, Sensitivity
 from outrider_exporters.passes.slicing import Slicer
 from outrider_exporters.sources.module import PositionalModule, interface_from_module, torch_predict
 from outrider_runtimes.errors import ConfigError, ExportError, NoEngine
-from support.exporters import Small, accuracy, digits, random_data, trained, workshop
+from support.exporters import Small, accuracy, digits, no_fit, random_data, trained, workshop
 
 pytestmark = pytest.mark.slow
-
-
-def no_fit(model, train):
-    """Leaves the network as it is."""
 
 
 def rounding_steps_up(network, kept, originals, round_to):
@@ -112,7 +108,7 @@ def test_a_step_that_rounds_to_nothing_does_not_fine_tune():
 
 def scanning(config, seed=0):
     data = digits()
-    model = trained(Small(width=16), data, seed=0, epochs=4)
+    model = trained(Small, data, seed=0, epochs=4)
     network, context = workshop(model, data, fit=no_fit, evaluate=accuracy, seed=seed)
     return network, context, config.call(network, context)
 

@@ -102,6 +102,33 @@ def test_a_dynamic_onnx_file_leaves_convolutions_in_float(cnn, tmp_path):
     assert [n.op_type for n in model.graph.node if "Integer" in n.op_type] == ["MatMulInteger"]
 
 
+class Convolutions(nn.Module):
+    """`image: float32 [N, 1, 8, 8] -> float32 [N, 10]`: of every kind; the first is written as a depthwise one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.ReLU(),
+            nn.Conv2d(16, 16, 3, padding=1, groups=4), nn.ReLU(), nn.ConvTranspose2d(16, 8, 2, stride=2), nn.ReLU(),
+            nn.Conv2d(8, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10),
+        )  # fmt: skip
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.body(image)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "dynamic", "weight-only"])
+def test_with_one_scale_a_weight_every_kind_of_convolution_is_right(tmp_path, scheme):
+    images = normal(16, 1, 8, 8)
+    network = seeded(Convolutions)
+    with torch.no_grad():
+        network(torch.from_numpy(images))  # the dense layer finds its width
+    made = convert(network, {"image": images}, ["logits"], tmp_path)
+    for model_format in FORMATS:
+        file = make(made, model_format, tmp_path, Quantize(scheme, per_channel=False))
+        assert error(made, file) < 0.06, model_format
+
+
 class Last(nn.Module):
     """`x: float32 [N, T, 8] -> float32 [N, 32]`: the last step of a recurrent layer."""
 

@@ -123,25 +123,31 @@ class Residual(nn.Module):
         return self.out(torch.relu(self.up(torch.relu(self.grouped(x)))).flatten(1))
 
 
-SEQUENCE, TOKENS = torch.randn(3, 5, 8), torch.randint(1, 20, (3, 6))
-TOKEN_ROWS = torch.randn(2, LENGTH, WIDTH)
-NETWORKS = {
-    **{f"{k.__name__}-{n}": (Recurrent(k, layers=n), (SEQUENCE,)) for k in (nn.RNN, nn.GRU, nn.LSTM) for n in (1, 3)},
-    "GRU-both": (Recurrent(nn.GRU, both=True), (SEQUENCE,)),
-    "LSTM-both": (Recurrent(nn.LSTM, both=True), (SEQUENCE,)),
-    "LSTM-state": (Recurrent(nn.LSTM, state=True), (SEQUENCE,)),
-    "RNN-time-first": (Recurrent(nn.RNN, batch_first=False), (SEQUENCE,)),
-    "own": (Block(OwnAttention()), (SEQUENCE,)),
-    "fused": (Block(OwnAttention(fused=True)), (SEQUENCE,)),
-    "encoder": (Encoder(), (TOKENS,)),
-    "encoder-time-first": (Encoder(batch_first=False), (TOKENS,)),
-    "encoder-norm-first": (Encoder(norm_first=True), (TOKENS,)),
-    "translator": (
-        Translator(),
-        (torch.where(TOKENS > 15, 0, TOKENS).index_fill(1, torch.tensor(0), 1), TOKENS[:, :4]),
-    ),
-    "residual": (Residual(), (torch.randn(2, 3, 4, 4),)),
-}
+with torch.random.fork_rng(devices=[]):  # the same numbers whatever was imported before, and nobody else's are moved
+    torch.manual_seed(0)
+    SEQUENCE, TOKENS = torch.randn(3, 5, 8), torch.randint(1, 20, (3, 6))
+    TOKEN_ROWS = torch.randn(2, LENGTH, WIDTH)
+    NETWORKS = {
+        **{
+            f"{k.__name__}-{n}": (Recurrent(k, layers=n), (SEQUENCE,))
+            for k in (nn.RNN, nn.GRU, nn.LSTM)
+            for n in (1, 3)
+        },
+        "GRU-both": (Recurrent(nn.GRU, both=True), (SEQUENCE,)),
+        "LSTM-both": (Recurrent(nn.LSTM, both=True), (SEQUENCE,)),
+        "LSTM-state": (Recurrent(nn.LSTM, state=True), (SEQUENCE,)),
+        "RNN-time-first": (Recurrent(nn.RNN, batch_first=False), (SEQUENCE,)),
+        "own": (Block(OwnAttention()), (SEQUENCE,)),
+        "fused": (Block(OwnAttention(fused=True)), (SEQUENCE,)),
+        "encoder": (Encoder(), (TOKENS,)),
+        "encoder-time-first": (Encoder(batch_first=False), (TOKENS,)),
+        "encoder-norm-first": (Encoder(norm_first=True), (TOKENS,)),
+        "translator": (
+            Translator(),
+            (torch.where(TOKENS > 15, 0, TOKENS).index_fill(1, torch.tensor(0), 1), TOKENS[:, :4]),
+        ),
+        "residual": (Residual(), (torch.randn(2, 3, 4, 4),)),
+    }
 KINDS = {
     "own": {"attention": "heads", "up": "channels", "down": "channels"},
     "encoder": {

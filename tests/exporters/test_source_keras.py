@@ -180,6 +180,6 @@ def test_another_backend_is_refused_with_what_to_set(tmp_path):
         "    print(error, '|', error.hint)\n"
     )
     environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=280)
     assert "is on the jax backend, expected torch | " in done.stdout, done.stderr
     assert "KERAS_BACKEND=torch" in done.stdout

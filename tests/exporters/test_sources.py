@@ -7,13 +7,10 @@ from torch import nn
 
 from outrider_exporters.sources.module import evaluation_copy, interface_from_module, torch_predict
 from outrider_runtimes.errors import ExportError, InputError
+from support.exporters import state_of
 from support.networks import Returns, SmallCnn, TokenClassifier, TwoSided, normal, seeded
 
 pytestmark = pytest.mark.slow
-
-
-def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
 def test_a_cnn_takes_and_gives_n():

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ import pytest
 from support.realbundles import expected, images, make_real_bundle
 
 BUNDLE_COMMANDS = ("inspect", "verify", "keygen", "sign")
-COMMANDS = (*BUNDLE_COMMANDS, "install", "rollback", "doctor", "infer", "serve", "demo", "export", "package")
+COMMANDS = (*BUNDLE_COMMANDS, "install", "rollback", "doctor", "infer", "serve", "watch", "demo", "export", "package")
 
 
 class Cli:
@@ -33,7 +33,7 @@ class Cli:
             text=True,
             cwd=self.folder,
             env={**os.environ, "STATE_DIRECTORY": str(self.state), **(env or {})},
-            timeout=120,
+            timeout=250,
         )
 
     def done(self, *args: str | Path, env: dict[str, str] | None = None) -> dict[str, Any]:
@@ -198,6 +198,18 @@ def test_an_endpoint_that_is_not_there(cli: Cli) -> None:
     assert "127.0.0.1:9" in said
 
 
+def test_an_endpoint_without_a_model_or_a_server_says_what_to_do(cli: Cli) -> None:
+    source = save_images(cli)
+    said = cli.refused("infer", "http://127.0.0.1:9", "--input", source, "--output", "out.npz")
+    assert "http://127.0.0.1:9 names no model" in said and "URL/MODEL" in said
+    assert "hint: " in cli.refused("infer", "http://127.0.0.1:9/tiny", "--input", source, "--output", "out.npz")
+
+
+def test_nobody_is_told_how_to_load_a_file_unsafely(cli: Cli, bundle: Path) -> None:
+    said = cli.refused("infer", bundle, "--input", bundle, "--output", "out.npz")
+    assert "is not an .npz file" in said and "pickle" not in said and "hint: " in said
+
+
 def test_a_name_that_is_not_installed(cli: Cli) -> None:
     source = save_images(cli)
     assert "nothing-here" in cli.refused("infer", "nothing-here", "--input", source, "--output", "out.npz")
@@ -259,10 +271,22 @@ def test_an_option_of_the_board_is_refused_for_an_endpoint(cli: Cli) -> None:
 
 def test_a_deadline_of_zero_is_refused_for_an_endpoint_too(cli: Cli) -> None:
     source = save_images(cli)
-    said = cli.refused(
-        "infer", "http://127.0.0.1:9/tiny", "--input", source, "--output", "out.npz", "--deadline-ms", "0"
-    )
-    assert "deadline_ms" in said
+    done = cli.run("infer", "http://127.0.0.1:9/tiny", "--input", source, "--output", "out.npz", "--deadline-ms", "0")
+    assert done.returncode == 2
+    assert "--deadline-ms: '0' is not a number from 1e-06 to 1e+09" in done.stderr
+
+
+def test_answers_are_not_written_over_their_inputs(cli: Cli, bundle: Path) -> None:
+    before = save_images(cli).read_bytes()
+    (cli.folder / "link.npz").symlink_to("in.npz")
+    for output in ("in.npz", "link.npz"):
+        assert "would be lost" in cli.refused("infer", bundle, "--input", "in.npz", "--output", output)
+    assert (cli.folder / "in.npz").read_bytes() == before
+
+
+def test_a_pipe_is_no_input(cli: Cli) -> None:
+    os.mkfifo(cli.folder / "pipe")
+    assert "not a regular file" in cli.refused("infer", "tiny", "--input", "pipe", "--output", "out.npz")
 
 
 @pytest.mark.parametrize("measured", [{"metrics": 5}, {"metrics": ["a"]}, {"metrics": {"accuracy": "high"}}, {}])
@@ -293,18 +317,22 @@ def test_serve_and_infer_through_it_with_a_token(cli: Cli, bundle: Path) -> None
         assert not (cli.folder / "no.npz").exists()
     finally:
         server.terminate()
-        out, _ = server.communicate(timeout=30)
-    assert (server.returncode, out.strip()) == (0, "stopped")
+        out, _ = server.communicate(timeout=200)
+    lines = out.splitlines()
+    assert server.returncode == 0 and lines[0].startswith("stopped; in ")
+    assert "1 of 1 requests answered, availability 100.00 %" in lines[0]
+    assert lines[1].startswith("  tiny version 1: 1 of 1 requests answered")
+    assert len(lines) == 2
 
 
-@pytest.mark.parametrize("package", ["uvicorn", "starlette", "httptools"])
+@pytest.mark.parametrize("package", ["uvicorn", "starlette", "httptools", "prometheus_client"])
 def test_serve_without_its_extra_names_the_pip_command(cli: Cli, bundle: Path, package: str) -> None:
     script = f"import sys; sys.modules[{package!r}] = None; from outrider.cli import main; sys.exit(main())"
     done = subprocess.run(
         [sys.executable, "-c", script, "serve", str(bundle), "--port", "0", "--state", str(cli.state)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
     )
     assert done.returncode == 1
     assert package in done.stderr and "pip install 'outrider[serve]'" in done.stderr
@@ -315,3 +343,81 @@ def test_a_strangers_names_cannot_command_the_terminal() -> None:
     from outrider.cli.text import shown
 
     assert shown("a\x1b]0;b\x07c\u202ed\udcff\ne \u00fc") == "a\\x1b]0;b\\x07c\\u202ed\\udcff\ne \u00fc"
+
+
+SHELL = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as a user's shell has it
+ABSENT = ["error: absent: there is no such file", "hint: check the path"]
+
+
+def unread() -> BinaryIO:
+    """A pipe whose reader has gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "wb")
+
+
+def run_into(cli: Cli, stdout: int, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "outrider.cli", *words]
+    return subprocess.run(
+        command, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=cli.folder, env=SHELL, timeout=250
+    )
+
+
+@pytest.mark.parametrize("words", ["--help", "serve --help", "inspect tiny.outrider", "inspect absent --json"])
+def test_a_reader_that_has_gone_sees_no_traceback(cli: Cli, bundle: Path, words: str) -> None:
+    with unread() as pipe:
+        done = run_into(cli, pipe.fileno(), *words.split())
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == (ABSENT if "absent" in words else [])
+
+
+@pytest.mark.parametrize("words", ["--help", "inspect tiny.outrider", "inspect tiny.outrider --json"])
+def test_a_full_disk_under_standard_output_is_named(cli: Cli, bundle: Path, words: str) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = run_into(cli, full.fileno(), *words.split())
+        failed = run_into(cli, full.fileno(), "inspect", "absent", "--json")
+    assert done.returncode == failed.returncode == 1
+    what, hint = done.stderr.splitlines()
+    assert what == "error: standard output cannot be written: No space left on device" and hint.startswith("hint: ")
+    assert failed.stderr.splitlines() == ABSENT
+
+
+def test_a_stream_that_is_closed_is_not_the_other_one(cli: Cli, bundle: Path) -> None:
+    def closed(redirection: str, *words: str) -> subprocess.CompletedProcess[str]:
+        line = f'exec "$0" -m outrider.cli "$@" {redirection}'
+        command = ["sh", "-c", line, sys.executable, *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=cli.folder, env=SHELL, timeout=250)
+
+    assert closed(">&-", "inspect", "tiny.outrider").returncode == 0
+    assert closed(">&-", "watch", "mqtt://127.0.0.1:1", "--seconds", "0.01").returncode == 0
+    failed = closed("2>&-", "inspect", "absent", "--json")
+    assert failed.returncode == 1
+    assert json.loads(failed.stdout)["error"]["hint"]
+
+
+def test_what_a_terminal_has_no_letters_for_is_no_failure(cli: Cli) -> None:
+    done = cli.run("keygen", "gr\u00fcn", env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert "gr?n.key" in done.stdout
+
+
+@pytest.mark.parametrize("disk_is_full", [False, True])
+def test_answers_on_a_standard_output_that_is_gone_end_as_a_failure(cli: Cli, bundle: Path, disk_is_full: bool) -> None:
+    (cli.folder / "agent.toml").write_text(
+        f'device = "pi-07"\nstate = "state"\n[model]\nbundle = "{bundle.name}"\n[source]\nkind = "stdin"\n'
+        '[output]\nfile = "-"\n[broker]\nurl = "mqtt://127.0.0.1:1"\n'
+    )
+    command = [sys.executable, "-m", "outrider.cli", "agent", "agent.toml"]
+    with Path("/dev/full").open("wb") if disk_is_full else unread() as out:
+        done = subprocess.run(
+            command,
+            input=json.dumps(images(1)[0].tolist()),
+            stdout=out,
+            stderr=-1,
+            text=True,
+            cwd=cli.folder,
+            env=SHELL,
+        )
+    assert done.returncode == 1, done.stderr
+    assert '"answered": 1' in done.stderr and '"answer_lost"' in done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr

@@ -1,14 +1,16 @@
-"""`outrider demo`, once, as a user runs it; its figures must hold together."""
+"""`outrider demo`, once, as a user runs it but for the deadline, which is far away; its figures must hold together."""
 
 from __future__ import annotations
 
+import html
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from outrider.bundle import Trust, verify_bundle
+from outrider.bundle import Trust, open_bundle, verify_bundle
+from outrider_exporters.demo.run import CERTIFICATION_SAMPLES, RISK
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
@@ -51,6 +53,37 @@ def test_no_request_is_lost_or_late(demo_run: dict[str, Any]) -> None:
     assert outage["late"] == 0
     assert 0 < outage["degraded"] < outage["requests"]
     assert outage["recovered"] is True
+
+
+def test_service_quality_counts_each_request_once(demo_run: dict[str, Any]) -> None:
+    total, *kinds = demo_run["service"]
+    assert total["availability"] == 1.0
+    assert total["requests"] == sum(kind["requests"] for kind in kinds) == demo_run["requests"]["sent"]
+    assert {"edge", "cloud", "edge_degraded"} <= {kind["source"] for kind in kinds}
+    for row in demo_run["service"]:
+        assert 0.0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"]
+    page = Path(demo_run["report"]).read_text(encoding="utf-8")
+    assert "Service quality" in page
+    assert all(kind["reason"] in page for kind in kinds)
+
+
+def test_the_threshold_is_certified_and_the_stream_keeps_to_it(demo_run: dict[str, Any]) -> None:
+    rule, threshold = demo_run["offload"], demo_run["threshold"]
+    variants = {variant["name"] for variant in demo_run["bundle"]["variants"]}
+    assert threshold["min_margin"] is None and demo_run["served"] in variants
+    with open_bundle(Path(demo_run["bundle"]["path"]), None) as bundle:
+        assert bundle.manifest.offload is not None
+        assert bundle.manifest.offload.thresholds == rule["thresholds"]
+    assert set(rule["thresholds"]) == variants
+    assert rule["rows"] == CERTIFICATION_SAMPLES
+    kept = next(kind["requests"] for kind in demo_run["service"] if kind["source"] == "edge")
+    noise = 4.0 * (RISK * (1.0 - RISK) / kept) ** 0.5
+    assert threshold["kept_wrong"] <= RISK + noise
+    chosen = rule["measured"][demo_run["served"]]["chosen"]
+    assert chosen["accuracy_kept"] > 1.0 - RISK and 0.0 < chosen["offloaded"] < 1.0
+    page = html.unescape(Path(demo_run["report"]).read_text(encoding="utf-8"))
+    assert threshold["text"] in page and "certified by Learn-then-Test" in threshold["text"]
+    assert f"{demo_run['served']}: dotted is the certified threshold" in page
 
 
 def test_the_account_is_exact_at_both_ends(demo_run: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The endpoint in a process of its own: the protocol over plain HTTP, hostile requests, and Remote against it."""
+"""The endpoint in a process of its own: the protocol over plain HTTP, its limits, and Remote against it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import json
 import socket
 import subprocess
 import sys
-import threading
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 
-from outrider.endpoint import serve
+from outrider.endpoint import Listening, serve
+from outrider.endpoint.app import build_app
+from outrider.endpoint.listening import listener
+from outrider.endpoint.models import Models
 from outrider.endpoint.serve import served_models
 from outrider_runtimes import oip
 from outrider_runtimes.deadline import Deadline
@@ -29,6 +32,7 @@ from outrider_runtimes.errors import (
 from outrider_runtimes.remote import Remote
 from support.endpoint_child import INTERFACES, VERSION, Child, expected, write_models
 from support.hybrids import onnx_model
+from support.ports import free_port
 
 X = np.random.default_rng(3).standard_normal((5, 4)).astype(np.float32)
 LINEAR = "/v2/models/linear"
@@ -63,7 +67,7 @@ def ask(child: Child, path: str, body: bytes | None = None, **headers: str) -> t
     names = {name.replace("_", "-"): value for name, value in headers.items()}
     request = urllib.request.Request(child.url + path, data=body, headers=names)
     try:
-        with urllib.request.urlopen(request, timeout=60) as reply:
+        with urllib.request.urlopen(request, timeout=200) as reply:
             return reply.status, {k.lower(): v for k, v in reply.headers.items()}, reply.read()
     except urllib.error.HTTPError as error:
         with error:
@@ -79,7 +83,8 @@ def error(reply: tuple[int, dict[str, str], bytes], status: int) -> str:
     assert reply[0] == status, reply
     assert reply[1]["content-type"] == "application/json"
     body = json.loads(reply[2])
-    assert list(body) == ["error"]
+    assert list(body) == ["error", "request_id"]
+    assert body["request_id"] == reply[1]["x-request-id"]
     for leak in ("Traceback", ".py", "site-packages", "/tmp", "/home", "/root"):
         assert leak not in body["error"]
     return body["error"]
@@ -209,125 +214,44 @@ def test_an_answer_without_a_json_form_is_500_and_goes_out_in_binary(child):
     message = oip.encode_request({"x": x})
     assert ask(child, "/v2/models/log/infer", message.body, **message.headers)[0] == 200
     with Remote(child.url, model="log") as remote, pytest.raises(ReplyError, match="NaN"):
-        remote.submit({"x": x}, Deadline.after_ms(30_000.0)).result(60)
+        remote.submit({"x": x}, Deadline.after_ms(120_000.0)).result(150)
 
 
 def test_time_that_has_passed_is_504_and_the_work_is_not_begun(child):
-    error(ask(child, SLOW, count(MANY_TRIPS, timeout=30_000)), 504)
     error(ask(child, SLOW, count(1, timeout=1)), 504)
-    status, _, body = ask(child, SLOW, count(5))
-    assert (status, json.loads(body)["outputs"][0]["data"]) == (200, [5])
+    error(ask(child, SLOW, count(MANY_TRIPS, timeout=30_000)), 504)
+    freed(child)
 
 
-def test_a_full_queue_is_503_with_retry_after(child):
-    replies: list[tuple[int, dict[str, str], bytes]] = []
-    threads = [
-        threading.Thread(target=lambda: replies.append(ask(child, SLOW, count(MANY_TRIPS // 2)))) for _ in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    statuses = sorted(reply[0] for reply in replies)
-    assert len(statuses) == 8 and set(statuses) == {200, 503}, statuses
-    refused = next(reply for reply in replies if reply[0] == 503)
-    error(refused, 503)
-    assert refused[1]["retry-after"] == "1"
+def freed(child: Child) -> None:
+    """The call that nobody waits for may be taken for stuck until it returns."""
+    while (reply := ask(child, SLOW, count(5)))[0] != 200:
+        assert "stuck" in error(reply, 503)
+    assert json.loads(reply[2])["outputs"][0]["data"] == [5]
 
 
-def raw(child: Child, *parts: bytes, end: bool = True) -> bytes:
-    """What comes back for these bytes until the connection ends, or is reset."""
-    with child.connection() as connection:
-        try:
-            for part in parts:
-                connection.sendall(part)
-            if end:
-                connection.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
-        got = b""
-        try:
-            while data := connection.recv(65536):
-                got += data
-        except OSError:
-            pass
-        return got
-
-
-POST = f"POST {INFER} HTTP/1.1\r\nHost: x\r\n".encode()
-
-
-def test_bodies_beyond_the_cap_are_413(child):
-    announced = raw(child, POST + b"Content-Length: 1000000000\r\n\r\n")
-    assert b" 413 " in announced.split(b"\r\n")[0]
-    chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
-    chunked = raw(child, POST + b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 70)
-    assert not chunked or b" 413 " in chunked.split(b"\r\n")[0]
-    works(child)
+def test_a_full_queue_is_429_with_retry_after(child):
+    statuses = {200}
+    trips = MANY_TRIPS // 2
+    while statuses == {200}:  # the machine stalled until the first ones had been answered
+        with ThreadPoolExecutor(8) as pool:
+            replies = list(pool.map(lambda trips: ask(child, SLOW, count(trips)), [trips] * 8))
+        statuses = {reply[0] for reply in replies}
+        trips *= 2
+    assert statuses == {200, 429}
+    refused = next(reply for reply in replies if reply[0] == 429)
+    assert "4 requests wait for this model" in error(refused, 429)
+    assert 1 <= int(refused[1]["retry-after"]) <= 60
 
 
 def test_compressed_bodies_are_415(child):
     error(ask(child, INFER, document(), Content_Encoding="gzip"), 415)
 
 
-def test_a_header_of_50_megabytes_is_refused(child):
-    got = raw(child, POST + b"X: ", *[b"x" * (1 << 20)] * 50)
-    assert not got or b" 431 " in got.split(b"\r\n")[0]
-    works(child)
-
-
-def test_a_header_a_little_too_long_is_431(child):
-    got = raw(child, POST + b"X: " + b"x" * 40_000 + b"\r\n\r\n")
-    assert b" 431 " in got.split(b"\r\n")[0]
-    assert json.loads(got.split(b"\r\n\r\n")[1])["error"]
-
-
-def test_a_hundred_thousand_headers_are_refused(child):
-    got = raw(child, POST, *[b"X: y\r\n" * 1000] * 100)
-    assert not got or b" 431 " in got.split(b"\r\n")[0]
-    got = raw(child, POST + b"X: y\r\n" * 101 + b"\r\n")
-    assert b" 431 " in got.split(b"\r\n")[0]
-    works(child)
-
-
-def test_a_target_of_a_megabyte_is_refused(child):
-    got = raw(child, b"GET /" + b"x" * (1 << 20) + b" HTTP/1.1\r\n\r\n")
-    assert not got or b" 431 " in got.split(b"\r\n")[0]
-    works(child)
-
-
-def test_a_chunk_flood_is_answered_or_refused(child):
-    body = document()
-    flood = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
-    got = raw(child, POST + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n" + flood, end=False)
-    assert b" 200 " in got.split(b"\r\n")[0]
-    got = raw(child, POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n")
-    assert b" 400 " in got.split(b"\r\n")[0]
-    works(child)
-
-
-def test_a_flood_of_pipelined_requests_does_no_harm(child):
-    raw(child, *[b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n" * 1000] * 20)
-    works(child)
-
-
-def test_what_is_not_http_is_400(child):
-    got = raw(child, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n")
-    assert b" 400 " in got.split(b"\r\n")[0]
-    assert b"Traceback" not in got
-
-
-def test_a_caller_who_hangs_up_does_no_harm(child):
-    for cut in (POST[:20], POST, POST + b"Content-Length: 100\r\n\r\n{", POST + b"Content-Length: 5\r\n\r\n{}   "):
-        with child.connection() as connection:
-            connection.sendall(cut)
-    works(child)
-
-
 def test_remote_gives_what_the_model_gives(child, remote):
-    deadline = Deadline.after_ms(30_000.0)
+    deadline = Deadline.after_ms(120_000.0)
     for rows in (5, 1, 0, 5):
-        answer = remote.submit({"x": X[:rows]}, deadline).result(60)
+        answer = remote.submit({"x": X[:rows]}, deadline).result(150)
         assert answer.outputs["y"].shape == (rows, 3)
         np.testing.assert_allclose(answer.outputs["y"], expected(X[:rows]), rtol=1e-5)
     assert remote.interface == INTERFACES["linear"]
@@ -339,7 +263,7 @@ def test_remote_gives_what_the_model_gives(child, remote):
 
 def test_remote_is_told_that_there_is_no_such_model(child):
     with Remote(child.url, model="other") as remote, pytest.raises(RemoteRefused, match="no model 'other'") as caught:
-        remote.connect(Deadline.after_ms(30_000.0))
+        remote.connect(Deadline.after_ms(120_000.0))
     assert caught.value.status == 404
 
 
@@ -355,9 +279,9 @@ def test_a_token_is_asked_for_everywhere_but_at_health(models):
             error(ask(child, path, body, Authorization="Bearer r\xefght"), 401)
         assert ask(child, INFER, document(), Authorization="Bearer right")[0] == 200
         with Remote(child.url, model="linear", token="right") as remote:
-            remote.submit({"x": X}, Deadline.after_ms(30_000.0)).result(60)
+            remote.submit({"x": X}, Deadline.after_ms(120_000.0)).result(150)
         with Remote(child.url, model="linear", token="wrong") as remote, pytest.raises(RemoteRefused, match="401"):
-            remote.connect(Deadline.after_ms(30_000.0))
+            remote.connect(Deadline.after_ms(120_000.0))
     finally:
         child.stop()
 
@@ -366,7 +290,7 @@ def test_sigterm_finishes_what_was_begun_and_leaves_nothing_on_stderr(models):
     child = Child(models)
     body = count(MANY_TRIPS)
     with child.connection() as busy, child.connection() as idle:
-        busy.settimeout(60)
+        busy.settimeout(200)
         busy.sendall(f"POST {SLOW} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
         # One loop reads both connections: an answer here says that what came earlier over there has been read.
         idle.sendall(b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -377,36 +301,33 @@ def test_sigterm_finishes_what_was_begun_and_leaves_nothing_on_stderr(models):
 
 
 def test_remote_recovers_when_the_endpoint_comes_back(models):
-    first = Child(models)
+    first = Child(models, port=free_port())
     with Remote(first.url, model="linear") as remote:
-        remote.submit({"x": X}, Deadline.after_ms(30_000.0)).result(60)
+        remote.submit({"x": X}, Deadline.after_ms(120_000.0)).result(150)
         first.kill()
         for _ in range(3):
             with pytest.raises(RemoteUnavailable):
-                remote.submit({"x": X}, Deadline.after_ms(30_000.0)).result(60)
+                remote.submit({"x": X}, Deadline.after_ms(120_000.0)).result(150)
         second = Child(models, port=first.port)
         try:
-            answer = remote.submit({"x": X}, Deadline.after_ms(30_000.0)).result(60)
+            answer = remote.submit({"x": X}, Deadline.after_ms(120_000.0)).result(150)
             np.testing.assert_allclose(answer.outputs["y"], expected(X), rtol=1e-5)
         finally:
             second.stop()
 
 
 def test_a_port_that_is_taken_is_a_config_error():
-    from outrider.endpoint.app import build_app
-    from outrider.endpoint.serve import serve_app
-
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="cannot listen"):
-        serve_app(build_app({}), host="127.0.0.1", port=taken.getsockname()[1])
+        listener(Listening(port=taken.getsockname()[1]), secured=False)
     with pytest.raises(ConfigError, match="cannot listen"):
-        serve_app(build_app({}), host="127.0.0.1", port=70_000)
+        listener(Listening(port=70_000), secured=False)
     with pytest.raises(ConfigError, match="token is empty"):
-        build_app({}, token="")
+        build_app(Models(), token="")
 
 
 def test_bundles_are_served_by_their_names(tmp_path):
     with onnx_model(tmp_path, seed=0) as one, onnx_model(tmp_path, seed=1) as other:
-        served = served_models([one])["tiny"]
+        served = served_models([one]).find("tiny")
         assert (served.runner, served.bundle, served.version) == (one, one.bundle.digest, 1)
         with pytest.raises(ConfigError, match="two bundles are named 'tiny'"):
             served_models([one, other])
@@ -415,7 +336,7 @@ def test_bundles_are_served_by_their_names(tmp_path):
 def test_a_bundle_that_is_not_there_is_an_error_before_anything_listens(tmp_path):
     called: list[str] = []
     with pytest.raises(OutriderError, match="missing"):
-        serve([tmp_path / "missing.outrider"], port=0, state=tmp_path / "state", ready=called.append)
+        serve([tmp_path / "missing.outrider"], state=tmp_path / "state", ready=called.append)
     assert not called
 
 
@@ -424,5 +345,5 @@ def test_the_client_loads_no_server_and_the_package_loads_lazily():
         "import sys, outrider_runtimes.remote, outrider.endpoint;"
         "print([m for m in ('starlette', 'uvicorn', 'httptools', 'onnxruntime', 'asyncio') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True)
     assert done.stdout.strip() == "[]"

@@ -35,12 +35,12 @@ def data():
 
 @pytest.fixture(scope="module")
 def model(data):
-    return trained(Small(), data, seed=0, epochs=8)
+    return trained(Small, data, seed=0, epochs=8)
 
 
 @pytest.fixture(scope="module")
 def teacher(data):
-    return trained(Small(width=32), data, seed=1, epochs=8)
+    return trained(lambda: Small(width=32), data, seed=1, epochs=8)
 
 
 def whole(model, teacher, data, output, **options):
@@ -315,7 +315,7 @@ def test_ctrl_c_in_the_middle_of_fine_tuning_leaves_nothing(data, tmp_path):
         "from outrider_exporters import Prune, Recipe\n"
         "def fit(model, train):\n"
         "    print('training', flush=True)\n"
-        "    time.sleep(60)\n"
+        "    time.sleep(280)\n"
         "run(Small().eval(), digits(), sys.argv[1], fit=fit, recipe=Recipe([Prune(ratio=0.5)]))\n"
     )
     (tmp_path / "out").mkdir()
@@ -333,7 +333,7 @@ def test_ctrl_c_in_the_middle_of_fine_tuning_leaves_nothing(data, tmp_path):
         text=True,
         env=environment,
     )
-    watchdog = threading.Timer(120, process.kill)
+    watchdog = threading.Timer(250, process.kill)
     watchdog.start()
     try:
         assert process.stdout.readline() == "training\n"

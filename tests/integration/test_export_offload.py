@@ -121,6 +121,32 @@ def test_a_board_obeys_it_and_says_so(exported, tmp_path):
         assert {by_hand.infer({"x": row[None]}).reason for row in x} == {"uncertain"}
 
 
+def test_an_answer_without_a_box_is_never_confident(exported, tmp_path):
+    """Boxes' scores are what this network gives, cut at 0: where none is above, the board has seen nothing."""
+
+    class Boxes(nn.Module):
+        def forward(self, x):
+            return torch.relu(x)
+
+    def nothing_is_wrong(outputs, targets):
+        return np.zeros(len(targets), bool)
+
+    rng = np.random.default_rng(0)
+    x, empty = rng.standard_normal((1000, 2)).astype(np.float32), -np.ones((1, 2), np.float32)
+    report = export(
+        Boxes(), example={"x": empty}, outputs=["boxes"],
+        data=Data(calibration={"x": x}, certification=({"x": x}, np.zeros(1000)), test=(x, x)),
+        evaluate=lambda predict, test: {"one": 1.0}, formats=("onnx",), is_wrong=nothing_is_wrong, gates=[],
+        offload=Offload(alpha=ALPHA, score="detection"), output=tmp_path / "boxes.outrider",
+    )  # fmt: skip
+    chosen = report.offload["measured"]["onnx-float32"]["chosen"]
+    assert chosen["offloaded"] == pytest.approx(np.mean((x <= 0).all(axis=1)), abs=1e-6)
+    with outrider.load(report.bundle, state=tmp_path) as edge, outrider.load(report.bundle, state=tmp_path) as cloud:
+        hybrid = outrider.Hybrid(edge, cloud, outrider.Policy(deadline_ms=60_000.0))
+        assert hybrid.infer({"x": empty}).reason == "uncertain"
+        assert hybrid.infer({"x": -empty}).reason == "confident"
+
+
 def test_the_report_shows_it(exported):
     page = (exported.bundle.parent / "report.html").read_text()
     assert "When the cloud is asked" in page
@@ -129,14 +155,16 @@ def test_the_report_shows_it(exported):
 
 
 def test_too_few_rows_are_refused_with_the_number_that_it_takes(tmp_path):
-    with pytest.raises(ExportError, match=r"offload: variant onnx-float32: 40 calibration rows .* it takes 45"):
+    with pytest.raises(ExportError, match=r"offload: 40 calibration rows .* it takes 45"):
         run(tmp_path, certification=40)
+    with pytest.raises(ExportError, match=r"offload: variant onnx-float32: 150 calibration rows .* about \d+ would"):
+        run(tmp_path, certification=150)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_missed_gate_comes_first(tmp_path):
     with pytest.raises(GateMissed):
-        run(tmp_path, certification=40, gates=[MinMetric("accuracy", at_least=0.999)])
+        run(tmp_path, certification=60, gates=[MinMetric("accuracy", at_least=0.999)])
 
 
 def test_other_answers_are_judged_by_the_callers_own_function(tmp_path):
@@ -170,3 +198,34 @@ def test_what_is_missing_is_refused_before_any_work(tmp_path, changes, message):
         Offload(alpha=0.0)
     with pytest.raises(ConfigError, match="kind is 'luck'"):
         Offload(score="luck")
+
+
+def test_a_board_audits_by_what_the_export_wrote_and_an_equal_cloud_is_no_drift(exported, tmp_path):
+    with (
+        outrider.load(exported.bundle, state=tmp_path / "edge") as edge,
+        outrider.load(exported.bundle, state=tmp_path / "cloud") as cloud,
+    ):
+        for measured in edge.offload.measured.values():
+            assert ALPHA < measured["may_differ"]["kept"] < 1.0
+            assert 0.0 < measured["may_differ"]["offloaded"] < 1.0
+        hybrid = outrider.Hybrid(edge, cloud, outrider.Policy(deadline_ms=60_000.0, audit_share=1.0))
+        events = []
+        hybrid.on_event(events.append)
+        x, _ = task(200, 12)
+        reasons = {hybrid.infer({"x": row[None]}).reason for row in x}
+        assert {"audit", "uncertain"} <= reasons <= {"audit", "confident", "uncertain"}
+        assert events == []
+
+
+def test_a_task_of_the_cloud_is_asked_there_first(tmp_path):
+    report = run(tmp_path, offload=None, recipe=Recipe(), cloud_only=True)
+    with (
+        outrider.load(report.bundle, state=tmp_path / "edge") as edge,
+        outrider.load(report.bundle, state=tmp_path / "cloud") as cloud,
+    ):
+        hybrid = outrider.Hybrid(edge, cloud, outrider.Policy(deadline_ms=60_000.0))
+        x, _ = task(1, 12)
+        prediction = hybrid.infer({"x": x})
+        assert (prediction.source, prediction.reason) == ("cloud", "cloud_only")
+        private = hybrid.infer({"x": x}, private=True)
+        assert (private.source, private.reason) == ("edge_degraded", "private")

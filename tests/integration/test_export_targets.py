@@ -15,7 +15,7 @@ from outrider_exporters import MaxDrop, MaxLatency, MaxParityError, Quantize, Re
 from outrider_runtimes.board import this_board
 from outrider_runtimes.errors import ConfigError, GateMissed
 from outrider_runtimes.targets import native_target
-from support.exporters import Small, digits, run, trained
+from support.exporters import Small, accuracy, digits, run, trained
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +29,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def model(data):
-    return trained(Small(), data, seed=0, epochs=8)
+    return trained(Small, data, seed=0, epochs=8)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +115,28 @@ def test_the_report_is_written_as_a_page_and_as_json(exported):
     assert all(
         {"features.0", "features.3"} <= {item["layer"] for item in layers} for layers in stored["layers"].values()
     )
+
+
+def test_a_form_that_nobody_asked_for_and_that_cannot_be_measured_is_left_out(model, data, tmp_path):
+    steps = []
+
+    def evaluate(predict, test):
+        if steps[-1].message == "tflite-dynamic-per-tensor":
+            raise ValueError("these answers are none")
+        return accuracy(predict, test)
+
+    report = run(
+        model,
+        data,
+        tmp_path / "digits.outrider",
+        recipe=Recipe([Quantize("dynamic")]),
+        formats=("tflite",),
+        targets=("pi-32bit",),
+        evaluate=evaluate,
+        progress=steps.append,
+    )
+    assert "these answers are none" in report.dropped["tflite-dynamic-per-tensor"]
+    assert report.bundle.is_file()
 
 
 # --- a missed gate

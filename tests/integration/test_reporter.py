@@ -18,11 +18,13 @@ import paho.mqtt.client as paho
 import pytest
 
 from outrider.telemetry import Limits, Record, Reporter, Sink, Spool
+from outrider.telemetry.attachment import Attachment
 from outrider.telemetry.record import Range, Receipt, decode_batch, decode_status, encode_receipt, topics
-from outrider_runtimes.errors import ConfigError, StateDirectoryError, TelemetryError
+from outrider_runtimes.errors import ConfigError
 from support.broker import Mosquitto, wait_until
 from support.ports import free_port
 from support.telemetry import Source, a_stream
+from support.telemetry_trials import Impatient
 
 TESTS = Path(__file__).parents[1]
 QUICK = Limits(receipt_timeout_s=0.3, batch_records=50)
@@ -58,7 +60,8 @@ def open_reporter(url: str, tmp_path: Path, **changes: Any) -> Reporter:
         "state": tmp_path / "state",
         "commit_interval_ms": 20.0,
         "limits": QUICK,
-        "rng": random.Random(1),
+        "metrics_interval_s": None,
+        "rng": Impatient(1),
     }
     return Reporter(url, **(options | changes))
 
@@ -75,7 +78,7 @@ class Listener:
         self.client.connect("127.0.0.1", int(url.rsplit(":", 1)[1]))
         self.client.subscribe(topic, qos=1)
         self.client.loop_start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(120)
 
     def __enter__(self) -> Listener:
         return self
@@ -85,7 +88,7 @@ class Listener:
         self.client.loop_stop()
 
     def publish(self, topic: str, payload: bytes) -> None:
-        self.client.publish(topic, payload, qos=1).wait_for_publish(10)
+        self.client.publish(topic, payload, qos=1).wait_for_publish(120)
 
 
 def test_everything_offered_arrives_once_and_is_accounted_for(
@@ -98,7 +101,7 @@ def test_everything_offered_arrives_once_and_is_accounted_for(
             reporter.watch(source)
             source.predict(500)
             assert reporter.event("calibrated", sensor="imu", drift=0.25)
-            assert reporter.flush(30.0, level="sink")
+            assert reporter.flush(200.0, level="sink")
             account, count = reporter.account(), sink.count()
             assert (account.offered, account.lost) == (501, 0)
             assert (account.enqueued, account.delivered, account.pending, account.dropped) == (501, 501, 0, 0)
@@ -119,15 +122,15 @@ def test_everything_offered_arrives_once_and_is_accounted_for(
     }
     assert last.body == {"name": "calibrated", "fields": {"sensor": "imu", "drift": 0.25}}
     assert first.boot_id == last.boot_id
-    assert 0.0 <= last.wall_s - first.wall_s < 30.0
+    assert 0.0 <= last.wall_s - first.wall_s < 200.0
 
 
 def test_the_levels_of_delivery(broker: Mosquitto, tmp_path: Path, source: Source) -> None:
     with open_reporter(broker.url, tmp_path) as reporter:
         reporter.watch(source)
         source.predict(10)
-        assert reporter.flush(30.0)
-        assert reporter.flush(30.0, level="broker")
+        assert reporter.flush(200.0)
+        assert reporter.flush(200.0, level="broker")
         assert not reporter.flush(0.2, level="sink"), "there is no consumer"
         assert reporter.account().pending == 10
         with pytest.raises(ConfigError, match="level"):
@@ -144,7 +147,7 @@ def test_without_a_consumer_records_wait_and_go_when_it_comes(
         assert not reporter.flush(0.5, level="sink")
         assert reporter.account().pending == 100
         with Sink(broker.url) as sink:
-            assert reporter.flush(60.0, level="sink")
+            assert reporter.flush(200.0, level="sink")
             assert sink.count().received == 100
             assert (sink.count().gaps, sink.count().missing) == (0, 0)
 
@@ -154,12 +157,12 @@ def test_without_a_broker_records_wait_on_the_disk(tmp_path: Path, source: Sourc
     with open_reporter(broker.url, tmp_path) as reporter:
         reporter.watch(source)
         source.predict(50)
-        assert reporter.flush(30.0)
+        assert reporter.flush(200.0)
         wait_until(lambda: "refused" in reporter.last_error)
         assert not reporter.connected
         assert not reporter.flush(0.1, level="broker")
         with broker, Sink(broker.url) as sink:
-            assert reporter.flush(60.0, level="sink")
+            assert reporter.flush(200.0, level="sink")
             assert reporter.connected
             assert reporter.last_error == ""
             assert sink.count().received == reporter.account().delivered == 50
@@ -179,7 +182,7 @@ def test_a_broker_that_is_killed_again_and_again_loses_nothing(
             wait_until(lambda round_=round_: sink.count().received > round_ * 1000)
             broker.restart()
             source.predict(1000)
-            assert reporter.flush(60.0, level="sink")
+            assert reporter.flush(200.0, level="sink")
             account = reporter.account()
             assert account.enqueued == account.delivered == (round_ + 1) * 2000
         assert (account.pending, account.dropped, account.lost) == (0, 0, 0)
@@ -192,13 +195,13 @@ def test_a_broker_that_stops_reading_stops_nobody(broker: Mosquitto, tmp_path: P
     with Sink(broker.url) as sink, open_reporter(broker.url, tmp_path) as reporter:
         reporter.watch(source)
         source.predict(10)
-        assert reporter.flush(30.0, level="sink")
+        assert reporter.flush(200.0, level="sink")
         broker.send(signal.SIGSTOP)
         source.predict(2000)
-        assert reporter.flush(30.0), "the disk does not wait for the network"
+        assert reporter.flush(200.0), "the disk does not wait for the network"
         assert not reporter.flush(0.2, level="broker")
         broker.send(signal.SIGCONT)
-        assert reporter.flush(60.0, level="sink")
+        assert reporter.flush(200.0, level="sink")
         assert sink.count().received == 2010
 
 
@@ -214,11 +217,11 @@ def test_a_restarted_sink_that_keeps_state_takes_nothing_twice(
         reporter.watch(source)
         with open_sink():
             source.predict(200)
-            assert reporter.flush(30.0, level="sink")
+            assert reporter.flush(200.0, level="sink")
         source.predict(200)
-        assert reporter.flush(30.0, level="broker")
+        assert reporter.flush(200.0, level="broker")
         with open_sink() as sink, Listener(broker.url, topics("pi-07").records) as listener:
-            assert reporter.flush(30.0, level="sink")
+            assert reporter.flush(200.0, level="sink")
             payload = next(payload for _, payload, _ in listener.messages)
             listener.publish(topics("pi-07").records, payload)
             wait_until(lambda: sink.count().duplicates >= len(decode_batch(payload).records))
@@ -239,7 +242,7 @@ def test_a_handler_that_fails_gets_the_record_again(broker: Mosquitto, tmp_path:
     with Sink(broker.url, on_record=handler) as sink, open_reporter(broker.url, tmp_path) as reporter:
         reporter.watch(source)
         source.predict(20)
-        assert reporter.flush(30.0, level="sink")
+        assert reporter.flush(200.0, level="sink")
         assert sink.count().failed == 1
         assert sink.count().received == 20
     assert sorted(calls) == sorted([*range(1, 21), 7])
@@ -264,7 +267,7 @@ def test_kill_9_of_the_device_leaves_an_exact_account_and_a_gap_at_most(broker: 
                 assert account.delivered >= delivered
         with open_reporter(broker.url, tmp_path) as reporter:
             reporter.event("back")
-            assert reporter.flush(60.0, level="sink")
+            assert reporter.flush(200.0, level="sink")
             account, count = reporter.account(), sink.count()
         assert account.enqueued == account.delivered == count.received
         assert (account.pending, account.dropped) == (0, 0)
@@ -284,7 +287,7 @@ def test_birth_farewell_and_last_will_are_retained(broker: Mosquitto, tmp_path: 
 
     with open_reporter(broker.url, tmp_path) as reporter:
         assert_connected(reporter)
-        assert reporter.flush(30.0)
+        assert reporter.flush(200.0)
         wait_until(lambda: status()["state"] == "online")
         birth = status()
         assert birth["device"] == "pi-07"
@@ -314,9 +317,9 @@ def test_what_overflows_memory_is_lost_counted_and_a_gap_at_the_consumer(
         reporter.watch(source)
         source.predict(130)
         assert not reporter.event("too late")
-        assert reporter.flush(30.0)
+        assert reporter.flush(200.0)
         source.predict(1)
-        assert reporter.flush(30.0, level="sink")
+        assert reporter.flush(200.0, level="sink")
         account, count = reporter.account(), sink.count()
         assert (account.offered, account.lost, account.enqueued) == (132, 31, 101)
         assert (count.received, count.gaps) == (101, 31)
@@ -337,12 +340,12 @@ def test_under_a_flood_records_go_on_to_the_disk_and_all_are_counted(tmp_path: P
             for _ in range(5):
                 before = reporter.account().enqueued
                 wait_until(lambda before=before: reporter.account().enqueued > before + 50)
-                assert reporter.flush(30.0)
+                assert reporter.flush(200.0)
             wait_until(lambda: reporter.account().lost > 0)
         finally:
             stop.set()
-            thread.join(timeout=30)
-        assert reporter.flush(30.0)
+            thread.join()
+        assert reporter.flush(200.0)
         account = reporter.account()
         assert account.offered == account.enqueued + account.lost
         assert reporter.spool.last_seq == account.offered
@@ -357,10 +360,10 @@ def test_what_the_byte_cap_drops_is_counted_at_both_ends(broker: Mosquitto, tmp_
     ) as reporter:
         reporter.watch(source)
         source.predict(1)
-        assert reporter.flush(30.0, level="broker")
+        assert reporter.flush(200.0, level="broker")
         source.predict(2000)
         reporter.event("important")
-        assert not reporter.flush(30.0), "records were dropped"
+        assert not reporter.flush(200.0), "records were dropped"
         dropped = reporter.account().dropped
         assert dropped > 1000
         with Sink(broker.url) as sink:
@@ -372,16 +375,17 @@ def test_what_the_byte_cap_drops_is_counted_at_both_ends(broker: Mosquitto, tmp_
 
 
 def test_hostile_messages_are_counted_and_harm_nobody(broker: Mosquitto, tmp_path: Path, source: Source) -> None:
-    rng = random.Random(5)
+    rng, all_heard = random.Random(5), threading.Event()
     mine = topics("pi-07")
+    last = Attachment(subscriptions=("last",), message=lambda *_: all_heard.set())
     with (
         Sink(broker.url) as sink,
-        open_reporter(broker.url, tmp_path) as reporter,
+        open_reporter(broker.url, tmp_path, attachments=[last]) as reporter,
         Listener(broker.url, mine.records) as listener,
     ):
         reporter.watch(source)
         source.predict(10)
-        assert reporter.flush(30.0, level="sink")
+        assert reporter.flush(200.0, level="sink")
         payload = listener.messages[0][1]
         hostile = [b"", b"{}", b"\xff", b"[" * 50_000, payload[:-1], payload.replace(b"pi-07", b"pi-08")]
         for _ in range(100):
@@ -395,8 +399,10 @@ def test_hostile_messages_are_counted_and_harm_nobody(broker: Mosquitto, tmp_pat
         foreign = Receipt(stream=a_stream(), ranges=(Range(1, 100),))
         for receipt in (forged, foreign):
             listener.publish(mine.receipt, encode_receipt(receipt))
+        listener.publish("last", b"")
+        assert all_heard.wait(120), "the forged receipt came before what is sent now"
         source.predict(10)
-        assert reporter.flush(30.0, level="sink")
+        assert reporter.flush(200.0, level="sink")
         account = reporter.account()
         assert (account.enqueued, account.delivered, account.pending) == (20, 20, 0)
         wait_until(lambda: sink.count().malformed >= 6)
@@ -413,7 +419,7 @@ def test_a_receipt_for_what_was_not_sent_delivers_nothing(broker: Mosquitto, tmp
     ):
         reporter.watch(source)
         source.predict(100)
-        assert reporter.flush(30.0)
+        assert reporter.flush(200.0)
         wait_until(lambda: listener.messages)
         sent = decode_batch(listener.messages[0][1])
         receipt = Receipt(stream=sent.stream, ranges=(Range(1, 1000),))
@@ -431,7 +437,7 @@ def test_after_a_clean_stop_the_next_life_sends_the_rest_without_a_gap(
     with Sink(broker.url) as sink, open_reporter(broker.url, tmp_path) as reporter:
         reporter.watch(source)
         source.predict(30)
-        assert reporter.flush(30.0, level="sink")
+        assert reporter.flush(200.0, level="sink")
         assert (reporter.account().offered, reporter.account().enqueued) == (30, 60)
         assert (sink.count().received, sink.count().gaps) == (60, 0)
 
@@ -446,62 +452,8 @@ def test_a_corrupt_spool_is_reported_in_the_new_stream(broker: Mosquitto, tmp_pa
         open_reporter(broker.url, tmp_path) as reporter,
     ):
         assert reporter.spool.recovered
-        assert reporter.flush(30.0, level="sink")
+        assert reporter.flush(200.0, level="sink")
     assert [record.body["name"] for record in events] == ["spool_recovered"]
-
-
-def test_a_callback_is_no_longer_called_after_unwatch_and_close(tmp_path: Path, source: Source) -> None:
-    with open_reporter("mqtt://127.0.0.1:1", tmp_path) as reporter:
-        unwatch = reporter.watch(source)
-        source.predict(1)
-        unwatch()
-        unwatch()
-        source.predict(1)
-        reporter.watch(source)
-        assert reporter.account().offered == 1
-    source.predict(1)
-    reporter.close()
-    for use in (lambda: reporter.event("late"), reporter.flush):
-        with pytest.raises(TelemetryError, match="closed"):
-            use()
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"device": "a/b"}, "device id"),
-        ({"commit_interval_ms": 0}, "commit_interval_ms"),
-        ({"max_bytes": -1}, "max_bytes"),
-        ({"queue_size": 0}, "queue_size"),
-        ({"credentials": "secret"}, "credentials"),
-        ({"tls": "/nowhere/ca.pem"}, "tls="),
-    ],
-)
-def test_wrong_options_are_named_and_nothing_is_left_open(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
-    with pytest.raises(ConfigError, match=named):
-        open_reporter("mqtt://127.0.0.1:1", tmp_path, **changes)
-    open_reporter("mqtt://127.0.0.1:1", tmp_path).close()
-
-
-def test_a_second_reporter_of_the_same_device_is_refused(tmp_path: Path) -> None:
-    with open_reporter("mqtt://127.0.0.1:1", tmp_path):
-        with pytest.raises(TelemetryError, match=f"in use by process {os.getpid()}"):
-            open_reporter("mqtt://127.0.0.1:1", tmp_path)
-        open_reporter("mqtt://127.0.0.1:1", tmp_path, device="pi-08").close()
-
-
-def test_a_state_directory_that_cannot_be_used_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StateDirectoryError, match=str(tmp_path / "file")):
-        open_reporter("mqtt://127.0.0.1:1", tmp_path, state=tmp_path / "file")
-
-
-@pytest.mark.parametrize("value", [float("nan"), {1, 2}, "x" * 100_000])
-def test_an_event_that_cannot_be_reported_is_refused_at_once(tmp_path: Path, value: object) -> None:
-    with open_reporter("mqtt://127.0.0.1:1", tmp_path) as reporter:
-        with pytest.raises(TelemetryError, match="event record"):
-            reporter.event("odd", value=value)
-        assert reporter.account().offered == 0
 
 
 def test_the_sink_as_a_program_prints_its_count_at_sigterm(broker: Mosquitto, tmp_path: Path, source: Source) -> None:
@@ -509,9 +461,9 @@ def test_the_sink_as_a_program_prints_its_count_at_sigterm(broker: Mosquitto, tm
         with open_reporter(broker.url, tmp_path) as reporter:
             reporter.watch(source)
             source.predict(25)
-            assert reporter.flush(60.0, level="sink")
+            assert reporter.flush(200.0, level="sink")
         sink.send_signal(signal.SIGTERM)
-        out, err = sink.communicate(timeout=30)
+        out, err = sink.communicate(timeout=120)
     assert sink.returncode == 0
     count = json.loads(out)
     assert (count["received"], count["gaps"], count["malformed"]) == (25, 0, 0)
@@ -521,28 +473,7 @@ def test_the_sink_as_a_program_prints_its_count_at_sigterm(broker: Mosquitto, tm
 
 def test_the_sink_as_a_program_names_a_wrong_url() -> None:
     command = [sys.executable, "-m", "outrider.telemetry.sink", "--broker", f"http://127.0.0.1:{free_port()}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.startswith("error: broker url")
     assert "hint: " in done.stderr
-
-
-def test_after_close_nothing_more_is_watched(tmp_path: Path, source: Source) -> None:
-    reporter = open_reporter("mqtt://127.0.0.1:1", tmp_path)
-    reporter.close()
-    with pytest.raises(TelemetryError, match="closed"):
-        reporter.watch(source)
-
-
-def test_flush_may_wait_for_ever(tmp_path: Path, source: Source) -> None:
-    with open_reporter("mqtt://127.0.0.1:1", tmp_path) as reporter:
-        reporter.watch(source)
-        source.predict(3)
-        assert reporter.flush(float("inf"))
-        assert reporter.account().pending == 3
-
-
-@pytest.mark.parametrize("interval_ms", [float("inf"), 1e300])
-def test_an_interval_that_never_ends_is_refused(tmp_path: Path, interval_ms: float) -> None:
-    with pytest.raises(ConfigError, match="commit_interval_ms"):
-        open_reporter("mqtt://127.0.0.1:1", tmp_path, commit_interval_ms=interval_ms)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from conformance.conftest import write_model
-from conformance.known_gaps import KNOWN_GAPS
+from conformance.known_gaps import KNOWN_GAPS, UNSTEADY
 from outrider_runtimes.tensors import DTYPES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
@@ -42,6 +42,7 @@ def test_it_holds_the_three_packages_and_their_types(wheel: Path) -> None:
         assert f"{package}/__init__.py" in names
         assert f"{package}/py.typed" in names
     assert "outrider_exporters/demo/device.py" in names
+    assert {f"outrider/watch/page.{kind}" for kind in ("html", "css", "js")} <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
 
 
@@ -141,9 +142,9 @@ def test_the_legacy_engine_passes_the_conformance_suite(environment: Callable[[s
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     found = re.search(r"^(\d+) passed, \d+ deselected(?:, (\d+) xfailed)?", result.stdout, re.MULTILINE)
-    assert found is not None and int(found[1]) > 80 and int(found[2]) == len(KNOWN_GAPS["tflite_runtime"]), (
-        result.stdout
-    )
+    assert found is not None and int(found[1]) > 80, result.stdout
+    gaps = KNOWN_GAPS["tflite_runtime"]
+    assert len(gaps) - len(UNSTEADY) <= int(found[2] or 0) <= len(gaps), result.stdout
 
 
 def test_a_missing_engine_names_the_pip_command(

@@ -22,6 +22,7 @@ from outrider_exporters.around import open_around
 from outrider_exporters.convert import parity
 from outrider_runtimes.bound import BoundSession
 from outrider_runtimes.engines import engine_named
+from support.tflitefiles import parsed_tflite
 
 FORMATS = ("onnx", "tflite")
 EXPORT_ROWS = 64
@@ -219,7 +220,7 @@ def operators_of(file: bytes, model_format: str) -> Mapping[str, int]:
     from ai_edge_litert import schema_py_generated as schema
 
     names = {number: name for name, number in vars(schema.BuiltinOperator).items() if isinstance(number, int)}
-    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(file, 0))
+    model = parsed_tflite(file)
     codes = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in model.operatorCodes]
     return Counter(names[codes[node.opcodeIndex]] for graph in model.subgraphs for node in graph.operators)
 

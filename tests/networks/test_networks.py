@@ -9,7 +9,7 @@ from networks.recurrent import STEPS
 from networks.running import FORMATS, Ran, run_case
 from networks.table import CASES
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 MAX_FLOAT_PARITY = 1e-4
 FEWEST_ROWS = 1000

@@ -18,7 +18,7 @@ from support.ports import free_port
 MOSQUITTO = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
 
 
-def wait_until(condition: Callable[[], object], *, timeout_s: float = 30.0, what: str = "") -> None:
+def wait_until(condition: Callable[[], object], *, timeout_s: float = 120.0, what: str = "") -> None:
     """Return as soon as the condition holds; fail the test when it does not in time."""
     until = time.monotonic() + timeout_s
     while not condition():
@@ -81,7 +81,7 @@ class Mosquitto:
 
     def _wait(self) -> None:
         assert self._process is not None
-        self._process.wait(timeout=10)
+        self._process.wait(timeout=120)  # it flushes what it writes down
         self._process = None
 
     def __enter__(self) -> Mosquitto:

@@ -1,23 +1,31 @@
 """An endpoint in a process of its own, over real sessions of ONNX Runtime, without bundles.
 
-    python -m support.endpoint_child FOLDER PORT [TOKEN]
+    python -m support.endpoint_child FOLDER SETTINGS
 
 It offers the three models of `write_models`: `linear` (y = x @ w + b), `log` (NaN of what is negative) and `slow`
-(counts as far as it is told, on a worker with room for one that waits), and prints its URL when it is ready.
+(counts as far as it is told), and prints its URL when it is ready and its service quality when it ends.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from outrider.endpoint import Listening, ServerTls
+from outrider.model import BundleInfo
+from outrider_runtimes.bound import BoundSession
+from outrider_runtimes.engines import engine_named
 from outrider_runtimes.tensors import Binding, Interface, TensorBinding, TensorSpec
+from outrider_runtimes.worker import Worker
 from support.models import LINEAR_B, LINEAR_W, onnx_linear, write_onnx
 
 INTERFACES = {
@@ -36,6 +44,7 @@ INTERFACES = {
     ),
 }
 VERSION = 3
+QUEUE = 4
 
 
 def expected(x: np.ndarray) -> np.ndarray:
@@ -74,61 +83,113 @@ def write_models(folder: Path) -> None:
 
 
 class Child:
-    """The process; `url` is where it listens. A second one may be given the first one's port."""
+    """The process; `url` is where it listens. A second one may be given the first one's port.
 
-    def __init__(self, folder: Path, *, port: int = 0, token: str = "") -> None:
-        command = [sys.executable, "-m", "support.endpoint_child", str(folder), str(port), token]
+    Args:
+        settings: `token`, `queue`, `grpc` (speak that too, at `grpc_port`), `head_timeout_s` and
+            `message_timeout_s` (in which an HTTP head, a gRPC message has to come), and what `Listening` takes.
+    """
+
+    def __init__(self, folder: Path, *, port: int = 0, **settings: Any) -> None:
+        command = [sys.executable, "-m", "support.endpoint_child", str(folder), json.dumps(settings | {"port": port})]
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
         self.process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        self.url = self.process.stdout.readline().strip()
-        assert self.url.startswith("http://127.0.0.1:"), self.process.communicate(timeout=30)
+        said = self.process.stdout.readline().split()
+        assert said, self.process.communicate(timeout=120)
+        self.url, self.grpc_port = said[0], int(said[1])
         self.port = int(self.url.rpartition(":")[2])
+        self.quality: dict[str, Any] = {}
+
+    def rss_bytes(self) -> int:
+        """What it holds in memory now."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def peak_rss_bytes(self) -> int:
+        """The most that it ever held."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
     def connection(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=120)
 
     def stop(self) -> str:
-        """SIGTERM; what it wrote to stderr. Exit code 0 is what a clean stop has."""
+        """SIGTERM, and ``ended``."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        _, errors = self.process.communicate(timeout=30)
+        return self.ended()
+
+    def ended(self) -> str:
+        """What it wrote to stderr. Exit code 0 is what a clean stop has. `quality` is what it said last.
+
+        After a signal it gets no other one: that might come when it has no handler for it any more.
+        """
+        said, errors = self.process.communicate(timeout=200)
         assert self.process.returncode == 0, errors
+        self.quality = json.loads(said)
         return errors
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.communicate(timeout=30)
+        self.process.communicate(timeout=120)
 
 
-def main(folder: str, port: str, token: str) -> None:
-    from outrider.endpoint.app import Served, build_app
-    from outrider.endpoint.serve import serve_app
-    from outrider_runtimes.bound import BoundSession
-    from outrider_runtimes.engines import engine_named
-    from outrider_runtimes.worker import Worker
+class Named(Worker):
+    """A worker that says which bundle it is over, as a Model does."""
 
-    models = {}
-    for name, interface in INTERFACES.items():
-        session = engine_named("onnxruntime").prepare(Path(folder, f"{name}.onnx"), threads=1)
-        binding = Binding(
-            inputs=tuple(map(_bound, interface.inputs)),
-            outputs=tuple(map(_bound, interface.outputs)),
-        )
-        worker = Worker(BoundSession(session, interface, binding), queue_size=1 if name == "slow" else 64)
-        models[name] = Served(
-            runner=worker,
-            interface=interface,
-            bundle=name * 8,
-            version=VERSION,
-            variant="onnx-float32",
-            engine="onnxruntime",
-        )
-    app = build_app(models, token=token or None)
-    serve_app(app, host="127.0.0.1", port=int(port), ready=lambda url: print(url, flush=True))
-    for served in models.values():
+    def __init__(self, session: BoundSession, *, name: str, version: int = VERSION, queue_size: int = 64) -> None:
+        super().__init__(session, queue_size=queue_size)
+        self.bundle = BundleInfo(name=name, version=version, digest=name * 8, verified=False)
+        self.variant, self.engine = "onnx-float32", "onnxruntime"
+
+
+def bound(folder: Path, name: str) -> BoundSession:
+    session = engine_named("onnxruntime").prepare(folder / f"{name}.onnx", threads=1)
+    interface = INTERFACES[name]
+    binding = Binding(inputs=tuple(map(_bound, interface.inputs)), outputs=tuple(map(_bound, interface.outputs)))
+    return BoundSession(session, interface, binding)
+
+
+def named(folder: Path, name: str, **options: int) -> Named:
+    return Named(bound(folder, name), name=name, **options)
+
+
+def main(folder: str, settings: str) -> None:
+    from outrider.endpoint.app import build_app
+    from outrider.endpoint.intake import Intake
+    from outrider.endpoint.models import Models, Served
+    from outrider.endpoint.protocol import BoundedProtocol
+    from outrider.endpoint.serve import leave_stuck_calls
+    from outrider.endpoint.server import serve_app
+    from outrider_runtimes.oip import DEFAULT_LIMITS
+
+    told = json.loads(settings)
+    token, queue, also_grpc = told.pop("token", None), told.pop("queue", QUEUE), told.pop("grpc", False)
+    BoundedProtocol.head_timeout_s = told.pop("head_timeout_s", BoundedProtocol.head_timeout_s)
+    message_timeout_s = told.pop("message_timeout_s", None)
+    if "tls" in told:
+        told["tls"] = ServerTls(**{key: Path(value) for key, value in told["tls"].items()})
+    models = Models(Served(name=name, runner=named(Path(folder), name)) for name in INTERFACES)
+    intake = Intake(queue=queue, body_bytes=DEFAULT_LIMITS.body_bytes)
+    app = build_app(models, token=token, intake=intake)
+    with contextlib.ExitStack() as stack:
+        port = 0
+        if also_grpc:
+            from outrider.endpoint.grpc_server import GrpcServer
+            from outrider.endpoint.heap import give_back_large_blocks
+
+            give_back_large_blocks()  # as `outrider serve` does
+            GrpcServer.message_timeout_s = message_timeout_s or GrpcServer.message_timeout_s
+            metrics = app.state.endpoint.metrics
+            server = GrpcServer(models, intake, metrics, Listening(port=0), queue=queue, token=token)
+            port = stack.enter_context(server).port
+        serve_app(app, Listening(**told), secured=token is not None, ready=lambda url: print(url, port, flush=True))
+    for served in models:
         served.runner.close()
+    leave_stuck_calls()
+    print(json.dumps(app.state.endpoint.metrics.quality()), flush=True)
 
 
 def _bound(spec: TensorSpec) -> TensorBinding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -57,10 +58,10 @@ def fit(model: nn.Module, train: Any, epochs: int = 6) -> None:
             optimizer.step()
 
 
-def trained(model: nn.Module, data: Data, *, seed: int, epochs: int) -> nn.Module:
-    """The model itself, trained and in evaluation mode."""
+def trained(make: Callable[[], nn.Module], data: Data, *, seed: int, epochs: int) -> nn.Module:
+    """A model of the seed's, its first weights too: trained, and in evaluation mode."""
     torch.manual_seed(seed)
-    model.train()
+    model = make().train()
     fit(model, data.train, epochs)
     return model.eval()
 
@@ -101,3 +102,17 @@ def workshop(model: nn.Module, data: Data, **options: Any) -> tuple[PositionalMo
     network.requires_grad_(True)
     interface = interface_from_module(model, example, ["logits"])
     return network, PassContext(interface=interface, example=example, data=data, **options)
+
+
+def no_fit(model: nn.Module, train: Any) -> None:
+    """Leaves the network as it is."""
+
+
+def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all parameters and buffers."""
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Whether two states are the same to the bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

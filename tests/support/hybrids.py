@@ -20,7 +20,7 @@ from support import tinymodels
 from support.ports import free_port
 from support.realbundles import INTERFACE
 
-START_S = 60.0  # an endpoint admits its bundles in child processes before it listens
+START_S = 200.0  # an endpoint admits its bundles in child processes before it listens
 
 
 def onnx_model(folder: Path, *, seed: int = 0, interface: Interface = INTERFACE) -> Model:
@@ -38,14 +38,19 @@ def onnx_model(folder: Path, *, seed: int = 0, interface: Interface = INTERFACE)
 
 
 class EndpointProcess:
-    """``outrider serve BUNDLE`` on a port of its own; ``kill`` is SIGKILL, and ``start`` brings it back."""
+    """``outrider serve BUNDLE`` on a port of its own; ``kill`` is SIGKILL, and ``start`` brings it back.
 
-    def __init__(self, bundle: Path, *, model: str, state: Path) -> None:
+    With ``grpc`` it speaks that too, at ``grpc_port``.
+    """
+
+    def __init__(self, bundle: Path, *, model: str, state: Path, grpc: bool = False) -> None:
         self.model = model
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = [sys.executable, "-m", "outrider.cli", "serve", str(bundle)]
         self._command += ["--port", str(self.port), "--state", str(state)]
+        self.grpc_port = free_port() if grpc else 0
+        self._command += ["--grpc-port", str(self.grpc_port)] if grpc else []
         self._log = state.parent / "endpoint.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -58,6 +63,11 @@ class EndpointProcess:
             if self._process.poll() is not None or time.monotonic() > end_s:
                 raise AssertionError(f"the endpoint did not start: {self._log.read_text()[-2000:]}")
             time.sleep(0.05)
+
+    @property
+    def process_id(self) -> int:
+        assert self._process is not None
+        return self._process.pid
 
     def kill(self) -> None:
         assert self._process is not None

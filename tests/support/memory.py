@@ -16,7 +16,7 @@ from outrider_runtimes.bound import BoundSession
 from outrider_runtimes.engines import engine_named
 from outrider_runtimes.tensors import Binding, Interface, StatePair, TensorBinding, TensorSpec
 from support.models import onnx_model
-from support.tflitefiles import Operator, Tensor, write_tflite
+from support.tflitefiles import Operator, Tensor, packed_tflite, parsed_tflite, write_tflite
 
 X = TensorSpec(name="x", dtype="float32", shape=(None, None), axes="NT")
 H = TensorSpec(name="h", dtype="float32", shape=(None, 1), axes="NC")
@@ -56,12 +56,9 @@ def tflite_bytes(lengths: Sequence[int] = LENGTHS, *, names: Sequence[str] = ("x
         names: of the inputs in the last signature; ``x`` and ``h`` in the others.
         same: the name of the second output in the last signature.
     """
-    import flatbuffers
-    from ai_edge_litert import schema_py_generated as schema
-
     with tempfile.TemporaryDirectory() as folder:
         written = [_one_length(Path(folder, "one.tflite"), length).read_bytes() for length in lengths]
-    model, *others = (schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0)) for content in written)
+    model, *others = map(parsed_tflite, written)
     for at, other in enumerate(others, 1):
         (signature,) = other.signatureDefs
         signature.signatureKey, signature.subgraphIndex = f"length_{at}", at
@@ -70,9 +67,7 @@ def tflite_bytes(lengths: Sequence[int] = LENGTHS, *, names: Sequence[str] = ("x
     last = model.signatureDefs[-1]
     for entry, name in zip((*last.inputs, *last.outputs), (*names, "y", same), strict=True):
         entry.name = name
-    builder = flatbuffers.Builder(4096)
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
+    return packed_tflite(model)
 
 
 def _one_length(path: Path, length: int) -> Path:

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 
-from outrider.supervise import enter_limits
+from outrider.admit.supervise import enter_limits
 
 
 def main() -> None:
@@ -62,6 +62,43 @@ def fill() -> None:
         kept.append(b"\1" * 2**24)
 
 
+def fill_below() -> None:
+    """A grandchild fills memory, whose parent is gone: it is of the session and of no tree."""
+    if os.fork() == 0:
+        if os.fork() == 0:
+            fill()
+        os._exit(0)
+    hang()
+
+
+def fill_in_shares() -> None:
+    """Four processes that hold half of the limit each, together twice as much."""
+    for _ in range(4):
+        if os.fork() == 0:
+            kept = b"\1" * (200 * 2**20)
+            while kept:
+                hang()
+    hang()
+
+
+def share() -> None:
+    """Three forks of one that holds half of the limit, and share that with it."""
+    kept = b"\1" * (200 * 2**20)
+    for _ in range(3):
+        if os.fork() == 0:
+            hang()
+    time.sleep(0.5)
+    print(json.dumps({"event": "shared", "bytes": len(kept)}), flush=True)
+
+
+def leave_a_group() -> None:
+    """It ends well and leaves a process behind, in a process group of its own."""
+    if (pid := os.fork()) == 0:
+        os.setpgid(0, 0)
+        hang()
+    print(json.dumps({"event": "left", "pid": pid}), flush=True)
+
+
 def open_files() -> None:
     kept = []
     try:
@@ -84,6 +121,7 @@ def flood() -> None:
 
 ACTIONS = {action.__name__: action for action in (answer, complain, crash, hang, hang_deaf, leave_a_child)}
 ACTIONS |= {action.__name__: action for action in (burn, fill, open_files, babble, flood)}
+ACTIONS |= {action.__name__: action for action in (fill_below, fill_in_shares, share, leave_a_group)}
 
 if __name__ == "__main__":
     main()

@@ -63,6 +63,26 @@ def onnx_linear(path: Path, *, rows: int | str = "N") -> Path:
     return write_onnx(path, [node], [("x", "float32", [rows, 4])], [("y", "float32", [rows, 3])], tensors)
 
 
+# What an int8 file with int8 ends has at them: (scale, zero point) of x and of y.
+INT8_X, INT8_Y = (4 / 127, 3), (16 / 127, -2)
+
+
+def onnx_int8(path: Path) -> Path:
+    """As ``onnx_linear`` for one row with int8 ends, whose scales no reader of the file can ask for; x from -4 to 4."""
+    from onnx import helper, numpy_helper
+
+    nodes = [
+        helper.make_node("DequantizeLinear", ["x", "x_scale", "x_zero"], ["wide"]),
+        helper.make_node("Gemm", ["wide", "w", "b"], ["made"]),
+        helper.make_node("QuantizeLinear", ["made", "y_scale", "y_zero"], ["y"]),
+    ]
+    tensors = [numpy_helper.from_array(LINEAR_W, "w"), numpy_helper.from_array(LINEAR_B, "b")]
+    for end, (scale, zero_point) in (("x", INT8_X), ("y", INT8_Y)):
+        tensors.append(numpy_helper.from_array(np.float32(scale), f"{end}_scale"))
+        tensors.append(numpy_helper.from_array(np.int8(zero_point), f"{end}_zero"))
+    return write_onnx(path, nodes, [("x", "int8", [1, 4])], [("y", "int8", [1, 3])], tensors)
+
+
 def onnx_doubled(path: Path) -> Path:
     """y = x + x, float32 [N, T, 2]; N and T are free."""
     from onnx import helper

@@ -15,9 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from outrider.admit import admit, default_limits
+from outrider.admit.admit import admit, default_limits
+from outrider.admit.supervise import Limits
 from outrider.bundle import Manifest, open_bundle
-from outrider.supervise import Limits
 from outrider_runtimes.errors import AdmissionError, NoEngine
 from support.realbundles import make_real_bundle
 
@@ -99,8 +99,10 @@ def tight_limits(*, wall_s: float = 30.0) -> Limits:
 
 def write_results(name: str, figures: Mapping[str, Any]) -> None:
     """Write ``tests/trials/results/<name>.json`` with the commit that was tried."""
+    # The results themselves do not count: the trial before this one wrote its own.
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-    changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True)
+    status = ["git", "status", "--porcelain", "--", ".", f":(exclude){RESULTS.relative_to(ROOT)}"]
+    changed = subprocess.run(status, cwd=ROOT, capture_output=True, text=True, check=True)
     RESULTS.mkdir(exist_ok=True)
     tried = {
         "commit": commit.stdout.strip(),

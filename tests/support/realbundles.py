@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from outrider.bundle import Golden, GoldenTensor, Variant, write_bundle
+from outrider.bundle import Golden, GoldenTensor, OffloadRule, Variant, write_bundle
 from outrider_runtimes.golden import DecisionCheck
 from outrider_runtimes.tensors import Binding, Interface, TensorBinding, TensorSpec
 from support import tinymodels
@@ -33,6 +34,19 @@ def expected(x: np.ndarray, seed: int = 0) -> np.ndarray:
     return tinymodels.reference(tinymodels.weights(seed), x)
 
 
+def close_to(outputs: Mapping[str, np.ndarray], x: np.ndarray, seed: int = 0) -> bool:
+    """Whether the outputs are what a bundle made with that seed must give for those images."""
+    return bool(np.allclose(outputs["logits"], expected(x, seed), atol=1e-4))
+
+
+def rewrite_admission(state: Path, change: Callable[[dict[str, Any]], object], place: str = "current") -> None:
+    """Change what the store kept of the latest admission of "tiny", as another engine, board or hand would have it."""
+    path = state / "names/tiny.json"
+    record = json.loads(path.read_text())
+    change(record[place]["choice"]["admissions"][0])
+    path.write_text(json.dumps(record))
+
+
 def make_real_bundle(
     path: Path,
     *,
@@ -44,6 +58,8 @@ def make_real_bundle(
     golden_shift: float = 0.0,
     signing_keys: Sequence[Any] = (),
     interface: Interface = INTERFACE,
+    offload: OffloadRule | None = None,
+    cloud_only: bool = False,
 ) -> str:
     """Write a bundle with one float32 variant a format, named "onnx-float32" and "tflite-float32".
 
@@ -53,6 +69,7 @@ def make_real_bundle(
         files: by format, other bytes than the right model's.
         golden_shift: added to the variants' stored answers: more than 1e-3 makes them wrong.
         interface: another one with the same tensors.
+        offload, cloud_only: as ``write_bundle`` takes them.
 
     Returns:
         The digest.
@@ -75,6 +92,8 @@ def make_real_bundle(
         members=members,
         provenance={"made_by": "tests", "seed": seed},
         signing_keys=signing_keys,
+        offload=offload,
+        cloud_only=cloud_only,
     )
 
 

@@ -15,7 +15,7 @@ def main() -> None:
         reporter.watch(source)
         while True:
             source.predict(50)
-            committed = reporter.flush(30.0)
+            committed = reporter.flush(200.0)
             account = reporter.account()
             print("done", int(committed), account.enqueued, account.delivered, flush=True)
 

@@ -15,9 +15,10 @@ from concurrent.futures import Future, InvalidStateError
 
 import numpy as np
 
+from outrider.prediction import Prediction
 from outrider_runtimes.deadline import Deadline
 from outrider_runtimes.errors import DeadlineExceeded, QueueFull, RunnerClosed
-from outrider_runtimes.runner import Answer, Timing
+from outrider_runtimes.runner import Answer, Served, Timing
 from outrider_runtimes.tensors import Interface, Tensors, TensorSpec, check_inputs
 
 CLASSES = 4
@@ -35,7 +36,7 @@ class NumpyRunner:
     """``logits = x * gain``, so that a test chooses the margin by what it passes.
 
     ``error``: a factory; what it makes ends every request until it is None again. ``refusal``: the same, but raised by
-    ``submit``. ``expected_ms`` is the estimate, which tests set.
+    ``submit``. ``expected_ms`` is the estimate, which tests set. ``served``: what it says of its answers.
     """
 
     def __init__(self, *, gain: float = 1.0, interface: Interface = INTERFACE, queue_size: int = 64) -> None:
@@ -44,6 +45,7 @@ class NumpyRunner:
         self.error: Callable[[], Exception] | None = None
         self.refusal: Callable[[], Exception] | None = None
         self.expected_ms: float | None = None
+        self.served: Served | None = None
         self.submitted = 0
         self.finished = 0
         self._open = threading.Event()
@@ -81,7 +83,7 @@ class NumpyRunner:
         self._closed = True
         self._open.set()
         self._items.put(None)
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=120)
 
     def _work(self) -> None:
         while (item := self._items.get()) is not None:
@@ -101,7 +103,8 @@ class NumpyRunner:
             else:
                 logits = inputs["x"] * self.gain
                 ran_ms = (time.perf_counter_ns() - begun) / 1e6
-                future.set_result(Answer(outputs={"logits": logits}, timing_ms=Timing(infer=ran_ms, total=ran_ms)))
+                timing = Timing(infer=ran_ms, total=ran_ms)
+                future.set_result(Answer(outputs={"logits": logits}, timing_ms=timing, served=self.served))
 
 
 class ConnectingRunner(NumpyRunner):
@@ -125,3 +128,16 @@ class ConnectingRunner(NumpyRunner):
             self._never.wait(deadline.remaining_s())
             raise DeadlineExceeded("the server says nothing")
         self.interface_digest = self.interface.digest
+
+
+def told(prediction: Prediction) -> tuple[str, str]:
+    """Where an answer came from, and why."""
+    return prediction.source, prediction.reason
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    """Returns when it has come true."""
+    end_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end_s, "the condition did not come true"
+        time.sleep(0.001)

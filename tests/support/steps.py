@@ -14,6 +14,7 @@ from outrider_runtimes.processing import (
     Cast,
     CenterCrop,
     CornerBoxes,
+    DecodeImage,
     Dequantize,
     GridBoxes,
     Layout,
@@ -44,14 +45,14 @@ def sound(samples=4000, rows=2):
     return (np.stack(tones) + 0.05 * np.random.default_rng(0).standard_normal((rows, samples))).astype(np.float32)
 
 
-def spec_of(name, array, axes="", free=""):
+def spec_of(name, array, axes="", free="", content_type=""):
     """The spec of an array: N is open, and so are the axes in ``free``."""
     open_axes = ("N" if axes.startswith("N") else "") + free
     shape = tuple(
         None if letter in open_axes else size
         for letter, size in zip(axes or "?" * array.ndim, array.shape, strict=True)
     )
-    return TensorSpec(name=name, dtype=array.dtype.name, shape=shape, axes=axes)
+    return TensorSpec(name=name, dtype=array.dtype.name, shape=shape, axes=axes, content_type=content_type)
 
 
 def run(step, inputs, axes, *, free="", callers=None):
@@ -90,6 +91,7 @@ def fits(spec, array):
 
 # One of each kind with every key away from its default where it can be: the registry, the page and the rebuild see all.
 EXAMPLES = (
+    DecodeImage(tensor="image", content_type="image/png", colours="grey"),
     Resize(tensor="image", height=5, width=7, axes="NCHW", method="bicubic"),
     Letterbox(tensor="image", height=5, width=7, axes="NCHW", fill=3.0, method="nearest"),
     CenterCrop(tensor="image", height=5, width=7, axes="NCHW"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from support.models import LINEAR_B, LINEAR_W
+from support.models import INT8_X, INT8_Y, LINEAR_B, LINEAR_W
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,6 @@ def write_tflite(
         inputs, outputs: tensor name by the name that the signature gives it.
         signature: whether there is one.
     """
-    import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
 
     at = {tensor.name: position for position, tensor in enumerate(tensors)}
@@ -64,10 +63,24 @@ def write_tflite(
     model.operatorCodes, model.subgraphs = [_code(schema, kind) for kind in kinds], [graph]
     if signature:
         model.signatureDefs = [_signature(schema, inputs, outputs, at)]
-    builder = flatbuffers.Builder(1024)
-    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
-    path.write_bytes(bytes(builder.Output()))
+    path.write_bytes(packed_tflite(model))
     return path
+
+
+def packed_tflite(model: Any) -> bytes:
+    """The file of a model in the schema's own objects."""
+    import flatbuffers
+
+    builder = flatbuffers.Builder(4096)
+    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
+    return bytes(builder.Output())
+
+
+def parsed_tflite(content: bytes) -> Any:
+    """A file as the schema's own objects: a ``ModelT``."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    return schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
 
 
 def _tensor(schema: Any, model: Any, tensor: Tensor) -> Any:
@@ -139,13 +152,14 @@ def tflite_linear(path: Path, *, rows: int | None = None, signature: bool = True
 
 def tflite_int8(path: Path) -> Path:
     """As ``tflite_linear`` for one row with int8 weights, activations, input and output; x from -4 to 4."""
-    scale_x, scale_w, scale_y = 4 / 127, float(np.abs(LINEAR_W).max()) / 127, 16 / 127
+    (scale_x, zero_x), (scale_y, zero_y) = INT8_X, INT8_Y
+    scale_w = float(np.abs(LINEAR_W).max()) / 127
     bias = np.rint(LINEAR_B / (scale_x * scale_w)).astype(np.int32)
     tensors = [
-        Tensor(name="qx", dtype="int8", shape=(1, 4), scale=scale_x, zero_point=3),
+        Tensor(name="qx", dtype="int8", shape=(1, 4), scale=scale_x, zero_point=zero_x),
         Tensor(name="w", dtype="int8", shape=(3, 4), data=np.rint(LINEAR_W.T / scale_w).astype(np.int8), scale=scale_w),
         Tensor(name="b", dtype="int32", shape=(3,), data=bias, scale=scale_x * scale_w),
-        Tensor(name="qy", dtype="int8", shape=(1, 3), scale=scale_y, zero_point=-2),
+        Tensor(name="qy", dtype="int8", shape=(1, 3), scale=scale_y, zero_point=zero_y),
     ]
     operator = Operator(
         kind="FULLY_CONNECTED", inputs=["qx", "w", "b"], outputs=["qy"], options="FullyConnectedOptions"

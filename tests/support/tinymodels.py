@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
+from support.tflitefiles import packed_tflite
+
 ROWS, SIDE, CHANNELS, CLASSES = 16, 8, 4, 10
 
 
@@ -110,13 +112,10 @@ def hungry_onnx(w: Weights, elements: int) -> bytes:
     )
 
 
-def endless_onnx(w: Weights, *, above: float | None = None) -> bytes:
-    """Counts to 2^62 before it answers; with ``above``, only where an input has a larger value than that."""
+def endless_loop(start: str, result: str) -> Any:
+    """The node that adds ``start`` to itself ``trips`` times, where ``true`` is true: 2^62 of them never end."""
     body = helper.make_graph(
-        [
-            helper.make_node("Identity", ["go"], ["go_on"]),
-            helper.make_node("Add", ["sum", "sum"], ["sum_next"]),
-        ],
+        [helper.make_node("Identity", ["go"], ["go_on"]), helper.make_node("Add", ["sum", "sum"], ["sum_next"])],
         "body",
         [
             helper.make_tensor_value_info("i", TensorProto.INT64, []),
@@ -128,6 +127,11 @@ def endless_onnx(w: Weights, *, above: float | None = None) -> bytes:
             helper.make_tensor_value_info("sum_next", TensorProto.FLOAT, None),
         ],
     )
+    return helper.make_node("Loop", ["trips", "true", start], [result], body=body)
+
+
+def endless_onnx(w: Weights, *, above: float | None = None) -> bytes:
+    """Counts to 2^62 before it answers; with ``above``, only where an input has a larger value than that."""
     trips = numpy_helper.from_array(np.array(2**62, np.int64), "many")
     always = [helper.make_node("Identity", ["many"], ["trips"])]
     sometimes = [
@@ -142,7 +146,7 @@ def endless_onnx(w: Weights, *, above: float | None = None) -> bytes:
         w,
         extra=[
             *(always if above is None else sometimes),
-            helper.make_node("Loop", ["trips", "true", "logits"], ["y"], body=body),
+            endless_loop("logits", "y"),
         ],
         extra_initializers=[trips, true, limit],
     )
@@ -175,13 +179,9 @@ def moody_onnx(w: Weights, mood: str, *, above: float) -> bytes:
 
 def classifier_tflite(w: Weights) -> bytes:
     """The classifier, `x: float32 [1, 8, 8, 1] -> y: float32 [1, 10]`, without a signature."""
-    import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
 
-    model = _tflite_model(schema, w)
-    builder = flatbuffers.Builder(4096)
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
+    return packed_tflite(_tflite_model(schema, w))
 
 
 def _tflite_model(schema: Any, w: Weights) -> Any:

@@ -159,24 +159,11 @@ def huge_tflite(folder: Path) -> bytes:
 
 def endless_constant_onnx() -> bytes:
     """Counts to 2^62 while it is loaded: the loop's inputs are all constants."""
-    body = helper.make_graph(
-        [helper.make_node("Identity", ["go"], ["go_on"]), helper.make_node("Add", ["sum", "sum"], ["sum_next"])],
-        "body",
-        [
-            helper.make_tensor_value_info("i", TensorProto.INT64, []),
-            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("sum", TensorProto.FLOAT, None),
-        ],
-        [
-            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("sum_next", TensorProto.FLOAT, None),
-        ],
-    )
     constants = {"trips": np.array(2**62, np.int64), "true": np.array(True), "start": np.float32([0.0])}
     return tinymodels.classifier_onnx(
         W,
         extra=[
-            helper.make_node("Loop", ["trips", "true", "start"], ["nothing"], body=body),
+            tinymodels.endless_loop("start", "nothing"),
             helper.make_node("Add", ["logits", "nothing"], ["y"]),
         ],
         extra_initializers=[numpy_helper.from_array(array, name) for name, array in constants.items()],

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider.admission import Admission, Measured, choose, remember, remembered
-from outrider.admit import admit, default_limits
+from outrider.admit.admission import Admission, Measured, choose, remember, remembered
+from outrider.admit.admit import admit, default_limits
+from outrider.admit.supervise import Limits
+from outrider.admit.trial import thread_counts
 from outrider.bundle import Bundle, open_bundle
-from outrider.supervise import Limits
-from outrider.trial import thread_counts
 from outrider_runtimes.errors import (
     AdmissionAnswer,
     AdmissionCrash,
@@ -156,10 +156,12 @@ def test_a_binding_to_a_tensor_that_is_not_there_is_refused(tmp_path: Path) -> N
 
 
 def test_a_model_that_hangs_is_killed(tmp_path: Path) -> None:
-    begun = time.monotonic()
-    with pytest.raises(AdmissionHang, match=r"'onnx-float32', answering its golden.*did not end within 4 s"):
-        admitted(tmp_path, files={"onnx": tinymodels.endless_onnx(W)}, limits=limits(wall_s=4.0))
-    assert time.monotonic() - begun < 30.0
+    for wall_s in (4.0, 60.0):  # the second for a machine on which it is not loaded within four
+        with pytest.raises(AdmissionHang, match=f"did not end within {wall_s:g} s") as caught:
+            admitted(tmp_path, files={"onnx": tinymodels.endless_onnx(W)}, limits=limits(wall_s=wall_s))
+        if "answering its golden" in str(caught.value):
+            break
+    assert "'onnx-float32', answering its golden" in str(caught.value)
 
 
 @pytest.mark.slow
@@ -193,14 +195,14 @@ def test_a_child_that_dies_by_a_signal_is_named_with_what_it_was_doing(tmp_path:
 
     def run() -> None:
         try:
-            admitted(tmp_path, files={"onnx": tinymodels.endless_onnx(W)}, limits=limits(wall_s=60.0))
+            admitted(tmp_path, files={"onnx": tinymodels.endless_onnx(W)}, limits=limits(wall_s=240.0))
         except AdmissionError as error:
             caught.append(error)
 
     thread = threading.Thread(target=run)
     thread.start()
     os.kill(_busy_child(), number)
-    thread.join(30.0)
+    thread.join(240.0)
     assert len(caught) == 1
     assert "variant 'onnx-float32', answering its golden inputs on onnxruntime" in str(caught[0])
     assert f"was killed by {number.name}" in str(caught[0])
@@ -210,7 +212,7 @@ def test_a_child_that_dies_by_a_signal_is_named_with_what_it_was_doing(tmp_path:
 
 def _busy_child() -> int:
     """The trial of this process once it has used 2.5 s of CPU: imports take 0.3 s, so it is in the model then."""
-    ends_at = time.monotonic() + 60.0
+    ends_at = time.monotonic() + 120.0
     while time.monotonic() < ends_at:
         for task in Path("/proc/self/task").iterdir():
             for pid in (task / "children").read_text().split():

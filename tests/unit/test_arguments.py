@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from outrider_exporters import MaxDrop, Offload, Quantize, Recipe
-from outrider_exporters.arguments import _KINDS, check_arguments
+from outrider_exporters.arguments import _KINDS, checked
 from outrider_exporters.export import export
 from outrider_runtimes.errors import ConfigError
 from outrider_runtimes.processing import Softmax
@@ -32,6 +32,7 @@ RIGHT = {
     "recipe": Recipe([Quantize()]),
     "gates": [MaxDrop("accuracy", points=1.0)],
     "offload": Offload(),
+    "cloud_only": True,
     "signing_keys": [object()],
     "evaluate": print,
     "fit": print,
@@ -60,6 +61,7 @@ WRONG = {
     "recipe": [[Quantize()], Quantize()],
     "gates": [MaxDrop("accuracy", points=1.0), [MaxDrop], ["max_drop"]],
     "offload": [0.01, Offload],
+    "cloud_only": [1, "yes"],
     "signing_keys": ["release.key", 3],
     "evaluate": [{"accuracy": 1.0}],
     "fit": [3],
@@ -72,19 +74,52 @@ WRONG = {
 }
 
 
+PARAMETERS = inspect.signature(export).parameters
+
+
 def test_every_argument_of_its_kind_is_taken_and_none_is_left_out():
-    check_arguments(**RIGHT)
-    check_arguments(**dict.fromkeys(RIGHT))
+    for name, value in RIGHT.items():
+        called(name, value)
+        if PARAMETERS[name].default is None:
+            called(name, None)
     assert set(RIGHT) == set(_KINDS) == set(WRONG)
     elsewhere = {"model", "data", "teacher", "version", "seed"}  # looked at where they are used
-    assert set(inspect.signature(export).parameters) - elsewhere == set(_KINDS)
+    assert set(PARAMETERS) - elsewhere == set(_KINDS)
+
+
+def called(name, value):
+    """What comes of a function with that one argument, which has the default that it has in ``export``."""
+
+    def function(**_given):
+        pass
+
+    function.__signature__ = inspect.Signature([PARAMETERS[name]])
+    checked(function)(**{name: value})
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
 def test_a_wrong_kind_is_named_with_what_would_do(name, value):
     with pytest.raises(ConfigError, match=rf"^{name} is .*, expected ") as caught:
-        check_arguments(**{**RIGHT, name: value})
+        called(name, value)
     assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("name", [name for name in _KINDS if PARAMETERS[name].default is not None])
+def test_none_is_refused_where_it_is_not_the_default(name):
+    with pytest.raises(ConfigError, match=rf"^{name} is None, expected "):
+        called(name, None)
+
+
+def test_arguments_by_position_are_looked_at_too():
+    @checked
+    def function(example, recipe=None):
+        return example, recipe
+
+    assert function({}, None) == ({}, None)
+    with pytest.raises(ConfigError, match=r"^recipe is 3, expected a Recipe"):
+        function({}, 3)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'recipes'"):
+        function({}, recipes=3)
 
 
 @pytest.mark.parametrize("name", ["recipe", "gates", "outputs", "example", "ranges", "preprocessing", "progress"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks.children import interleaved_runs, run_program
+from benchmarks.children import balanced_orders, interleaved_runs, run_program
 from benchmarks.handmade import FORMATS, OUTPUTS, Network, dense, write_file, write_handmade
 from benchmarks.raw import open_raw
 from benchmarks.stats import difference
@@ -64,6 +66,15 @@ def test_children_take_turns_and_the_first_round_is_not_kept(tmp_path: Path) -> 
     assert {name: len(kept) for name, kept in runs.items()} == {"a": 3, "b": 3}
     text = log.read_text()
     assert [sorted(text[at : at + 2]) for at in range(0, 8, 2)] == [["a", "b"]] * 4
+
+
+def test_no_contender_stands_more_often_first_or_last_than_another() -> None:
+    names = ["raw", "twin", "ours"]
+    orders = balanced_orders(names, 60, np.random.default_rng(3))
+    for position in range(3):
+        assert Counter(order[position] for order in orders) == dict.fromkeys(names, 20)
+    assert {tuple(order) for order in orders} == set(permutations(names))
+    assert [sorted(order) for order in balanced_orders(names, 4, np.random.default_rng(0))] == [sorted(names)] * 4
 
 
 def test_a_difference_and_its_interval_hold_the_truth() -> None:

@@ -20,6 +20,7 @@ from benchmarks.exporters.promises import (
     size_lines,
     speed_lines,
 )
+from benchmarks.promise import at_most
 
 INT8, FLOAT = "ours: tflite-int8", "ours: onnx-float32"
 
@@ -139,7 +140,7 @@ def test_pruning_is_judged_by_its_share_of_the_gain(time: float, met: bool) -> N
     ("valid", "said"), [(True, ":"), (False, "; 4 were measured while the machine was too noisy:")]
 )
 def test_a_missed_bound_stands_in_the_readme_with_its_figure(tmp_path, valid: bool, said: str) -> None:
-    for name in ("overhead", "variants"):
+    for name in set(readme.SECTIONS) - {"exporters"}:
         (tmp_path / f"{name}.json").write_bytes((readme.RESULTS / f"{name}.json").read_bytes())
     subject = result(gain=2.0, valid=valid)
     subject["promises"] = [asdict(line) for line in all_lines(2.8, made(), subject)]
@@ -150,6 +151,19 @@ def test_a_missed_bound_stands_in_the_readme_with_its_figure(tmp_path, valid: bo
     assert "| A network, 8x8x1 | 10 | 3 | 0.300 | 0.100 | 2.00 (1.96 to 2.04) | 1.00 (0.98 to 1.02) |" in text
 
 
+def test_what_was_missed_elsewhere_stands_in_the_readme_too(tmp_path) -> None:
+    for name in readme.SECTIONS:
+        (tmp_path / f"{name}.json").write_bytes((readme.RESULTS / f"{name}.json").read_bytes())
+    client = json.loads((tmp_path / "client.json").read_text())
+    kept, missed = at_most("one thing", 0.5, 1.0), at_most("another", 1.25, 1.0)
+    (tmp_path / "client.json").write_text(json.dumps(client | {"promises": [kept, missed]}))
+    text = readme.figures(tmp_path)
+    assert "\n- The client: another: 1.25, 1 was asked" in text
+    assert "one thing" not in text
+    assert "## The client" in readme.page(tmp_path)
+
+
+@pytest.mark.slow  # loads matplotlib
 def test_the_picture_is_drawn_and_small(tmp_path) -> None:
     path = picture.draw({"subjects": {"a": result(), "b": result(gain=0.8)}}, tmp_path / "images" / "exporters.png")
     content = path.read_bytes()

@@ -35,7 +35,7 @@ def auxv(hwcap, hwcap2=0, *, pair="=QQ"):
     return b"".join(struct.pack(pair, *item) for item in pairs)
 
 
-def test_this_machine():
+def test_this_machine_is_described():
     board = this_board()
     assert board.cpus >= 1
     assert board.memory_bytes > 2**26

@@ -19,6 +19,7 @@ from outrider_runtimes.engines import FileTensor
 from outrider_runtimes.errors import DtypeError, InferenceError, InputError, ModelLoadError, ShapeError
 from outrider_runtimes.processing import Softmax, around
 from outrider_runtimes.tensors import Binding, Interface, TensorBinding, TensorSpec
+from support.effort import effort
 
 
 class NumpySession:
@@ -248,17 +249,27 @@ def test_calls_from_several_threads_run_one_after_the_other():
     assert max(overlaps) == 1
 
 
-def test_close_closes_the_session():
-    session, bound = fixed_batch(1)
-    bound.close()
-    assert session.closed
+def test_close_waits_for_the_call_that_runs_and_closes_the_session():
+    alive = []
+
+    def function(x):
+        closer.start()
+        closer.join(0.05)
+        alive.append(closer.is_alive() and not session.closed)
+        return [x]
+
+    session, bound = one_to_one(spec("x", (2,)), bind("x", "x", (2,)), spec("y", (2,)), bind("y", "y", (2,)), function)
+    closer = threading.Thread(target=bound.close)
+    bound.run({"x": np.zeros(2, np.float32)})
+    closer.join(60)
+    assert (alive, session.closed) == ([True], True)
 
 
 shapes = st.lists(st.integers(0, 4), min_size=1, max_size=4).map(tuple)
 reals = st.floats(-1e6, 1e6, width=32)
 
 
-@settings(max_examples=200)
+@settings(max_examples=effort(200))
 @given(st.data())
 def test_layout_is_numpys_transpose_and_comes_back(data):
     array = data.draw(shapes.flatmap(lambda shape: hnp.arrays(np.float32, shape, elements=reals)))
@@ -271,7 +282,7 @@ def test_layout_is_numpys_transpose_and_comes_back(data):
     assert np.array_equal(output_converter(tensor, bound)(inside), array)
 
 
-@settings(max_examples=200)
+@settings(max_examples=effort(200))
 @given(
     hnp.arrays(np.float32, hnp.array_shapes(max_dims=2, max_side=6), elements=reals),
     st.sampled_from(["int8", "uint8", "int16", "uint16", "int32"]),
@@ -447,7 +458,7 @@ BAD_CALLS = {
 }
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=effort(100), deadline=None)
 @given(
     hnp.arrays(np.float32, (2, 2), elements=st.floats(1, 100, width=32)),
     st.lists(st.sampled_from(sorted(BAD_CALLS)), min_size=1, max_size=6),

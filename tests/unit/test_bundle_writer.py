@@ -17,6 +17,7 @@ from outrider.bundle import Variant, load_golden, open_bundle, thin_bundle, veri
 from outrider.bundle.files import atomic_file
 from outrider_runtimes.errors import BundleError, FormatError, IntegrityError
 from support.bundles import INTERFACE, VARIANTS, binding, golden, golden_members, make_bundle, model_members
+from support.effort import effort
 from support.keys import private_key
 
 
@@ -70,7 +71,7 @@ def test_the_bytes_of_version_1_do_not_change(tmp_path):
     assert hashlib.sha256(data).hexdigest() == "bd7afc1873b4e43b52c8407b5a1067f4733880f89cc17a8de855c80c3e250a47"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=effort(60), deadline=None)
 @given(st.lists(st.binary(min_size=1, max_size=200), min_size=1, max_size=8), st.data())
 def test_members_of_any_size_come_back(tmp_path_factory, contents, data):
     path = tmp_path_factory.mktemp("sizes") / "a.outrider"

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom
+from scipy.special import bdtr
 
 from outrider_exporters.certify import SHARES, certify, fewest_rows, p_value, rows_needed, thresholds
 from outrider_runtimes.errors import ConfigError, ExportError
+from support.effort import effort
 
 WORST = 0.2  # of the least sure answers, so many are wrong
 
@@ -29,7 +30,7 @@ def true_risk(threshold):
 
 @given(st.integers(0, 400), st.integers(1, 400), st.floats(0.001, 0.5))
 def test_the_p_value_is_a_binomial_tail(wrong, kept, alpha):
-    assert p_value(wrong, kept, alpha) == pytest.approx(min(1.0, binom.cdf(wrong, kept, alpha)), rel=1e-9, abs=1e-300)
+    assert p_value(wrong, kept, alpha) == pytest.approx(bdtr(min(wrong, kept), kept, alpha), rel=1e-9, abs=1e-300)
 
 
 @given(st.floats(0.001, 0.3), st.floats(0.01, 0.5))
@@ -53,8 +54,6 @@ def test_the_certificate_is_broken_no_more_often_than_it_says():
         except ExportError:
             continue
         broken += true_risk(made.chosen.threshold) > alpha
-    # Were it broken with probability delta, more than this would be seen once in ten thousand runs.
-    assert broken <= binom.ppf(0.9999, tries, delta)
     assert broken < tries * delta
 
 
@@ -80,10 +79,10 @@ def test_it_keeps_most_of_what_may_be_kept_and_shows_the_curve():
     assert len(made.curve) == len(SHARES)
     assert made.chosen in made.curve
     assert made.curve[-1].kept == pytest.approx(1.0, abs=0.001)
-    assert made.to_dict()["chosen"]["risk"] == made.chosen.risk <= 0.01
+    assert made.chosen.risk <= 0.01
 
 
-@settings(max_examples=30)
+@settings(max_examples=effort(30), deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_thresholds_do_not_look_at_labels(seed):
     """Fixed order, fixed places: turning labels changes what is chosen and never what is tried."""
@@ -106,6 +105,19 @@ def test_too_few_rows_say_how_many_it_takes():
         certify(scores, np.zeros(100, bool), scores, alpha=0.01, delta=0.1)
 
 
+def test_no_threshold_is_below_the_least_that_is_allowed():
+    """As of detections: that an answer without a box is never wrong on these rows does not make it a sure one."""
+    rng = np.random.default_rng(6)
+    scores = np.where(rng.random(2000) < 0.3, 0.0, rng.random(2000))
+    none_wrong = np.zeros(2000, bool)
+    free = certify(scores, none_wrong, scores, alpha=0.05, delta=0.1)
+    assert (free.chosen.threshold, free.chosen.kept) == (0.0, 1.0)
+    bounded = certify(scores, none_wrong, scores, alpha=0.05, delta=0.1, least=1e-30)
+    assert bounded.chosen.threshold == 1e-30
+    assert bounded.chosen.kept == np.mean(scores > 0.0)
+    assert bounded.curve[-1] == bounded.chosen
+
+
 def test_rows_that_nearly_do_say_how_many_would():
     rng = np.random.default_rng(4)
     scores = rng.random(500)
@@ -116,10 +128,21 @@ def test_rows_that_nearly_do_say_how_many_would():
     assert int(re.search(r"about (\d+) would", str(caught.value)).group(1)) > 500
 
 
+def test_with_barely_enough_rows_it_does_not_say_that_no_number_would():
+    rng = np.random.default_rng(7)
+    scores = rng.random(60)
+    with pytest.raises(ExportError, match=r"60 calibration rows .* about \d+ would") as caught:
+        certify(scores, scores < 0.4, scores, alpha=0.05, delta=0.1)
+    count = int(re.search(r"about (\d+) would", str(caught.value)).group(1))
+    scores = rng.random(count)
+    assert count > 60
+    assert certify(scores, scores < 0.4, scores, alpha=0.05, delta=0.1).chosen.kept > 0.3
+
+
 def test_a_network_that_is_wrong_everywhere_is_told_so():
     rng = np.random.default_rng(5)
     scores = rng.random(3000)
-    with pytest.raises(ExportError, match=r"no threshold has a risk of 0.01 .* of the surest \d+% of 3000"):
+    with pytest.raises(ExportError, match=r"3000 calibration rows show no threshold with .* surest \d+%"):
         certify(scores, rng.random(3000) < 0.3, scores, alpha=0.01, delta=0.1)
 
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from outrider_exporters.choose import (
     LATENCY_NOISE,
     MOST,
-    Candidate,
     choose,
     formats_of,
     noise_of,
@@ -22,6 +21,7 @@ from outrider_exporters.choose import (
 from outrider_runtimes.board import Board
 from outrider_runtimes.errors import ConfigError
 from outrider_runtimes.targets import TARGETS, target_named
+from support.candidates import candidate
 
 AVX2 = ["sse4_2", "avx", "avx2", "fma", "f16c"]
 VNNI = Board(
@@ -29,23 +29,6 @@ VNNI = Board(
 )
 PLAIN = dataclasses.replace(VNNI, features=frozenset(AVX2))
 PI5 = dataclasses.replace(VNNI, machine="aarch64", features=TARGETS["pi5"].features)
-
-
-def candidate(name, *, ms=None, accuracy=0.95, size=1000, missed="", noise=0.0):
-    """``onnx-float32``, ``tflite-static``, ``onnx-qdq-u8s8``: the scheme is in the name."""
-    kind, _, scheme = name.partition("-")
-    return Candidate(
-        name=name,
-        format=kind,
-        precision="float32" if scheme == "float32" else "int8",
-        scheme=scheme,
-        accuracy=accuracy,
-        size_bytes=size,
-        latency_ms=ms,
-        parity=0.0,
-        missed=missed,
-        latency_noise=noise,
-    )
 
 
 FLOATS = [candidate("onnx-float32", ms=1.0, size=4000), candidate("tflite-float32", ms=1.2, size=3900)]

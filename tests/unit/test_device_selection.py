@@ -9,6 +9,7 @@ from boards.selection import DESELECTED, LEFT_OUT, TESTS, device_tests
 ENGINES = ("onnxruntime", "ai_edge_litert", "flatbuffers")
 
 
+@pytest.mark.slow  # reads every test file
 def test_the_device_rooms_tests_go_and_the_workstations_stay():
     found = device_tests(ENGINES)
     assert {"conformance/test_engines.py", "unit/test_tensors.py", "unit/test_spool.py", "unit/test_board.py"} <= {
@@ -19,6 +20,7 @@ def test_the_device_rooms_tests_go_and_the_workstations_stay():
     assert len(found) == len(set(found)) >= 30
 
 
+@pytest.mark.slow
 def test_what_a_board_has_decides():
     assert set(device_tests(())) <= set(device_tests(ENGINES)) <= set(device_tests((*ENGINES, "onnx")))
     assert "unit/test_admit.py" in {*device_tests((*ENGINES, "onnx"))} - {*device_tests(ENGINES)}

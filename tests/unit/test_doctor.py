@@ -13,8 +13,9 @@ import pytest
 
 from outrider import doctor
 from outrider.bundle import save_keypair
-from outrider.doctor import Check, Patient, clock_is_synchronised, duplicates, examine
+from outrider.doctor import Check, Patient, duplicates, examine
 from outrider.installer import install
+from outrider_runtimes.clock import clock_is_synchronised
 from support.realbundles import make_real_bundle
 
 NOW_S = 1_790_000_000.0
@@ -87,7 +88,9 @@ def test_a_check_that_fails_itself_is_a_broken_one_and_the_others_go_on(
     ("synchronised", "now_s", "status"),
     [(True, NOW_S, "ok"), (None, NOW_S, "ok"), (False, NOW_S, "warning"), (True, 86400.0, "broken")],
 )
-def test_the_clock(patient: Patient, synchronised: bool | None, now_s: float, status: str) -> None:
+def test_a_clock_that_nobody_sets_is_a_warning_and_a_wrong_one_is_broken(
+    patient: Patient, synchronised: bool | None, now_s: float, status: str
+) -> None:
     check = one("clock", changed(patient, synchronised=lambda: synchronised, now_s=lambda: now_s))
     assert check.status == status
     assert time.strftime("%Y", time.gmtime(now_s)) in check.found
@@ -107,7 +110,9 @@ def test_the_kernel_can_be_asked_about_its_clock() -> None:
         ("0", "81000", "warning", "begins to slow down"),
     ],
 )
-def test_heat_and_supply(patient: Patient, throttled: str, temperature: str, status: str, cause: str) -> None:
+def test_a_hot_or_undervolted_board_is_a_warning_with_its_cause(
+    patient: Patient, throttled: str, temperature: str, status: str, cause: str
+) -> None:
     write(
         patient.root,
         sys__devices__platform__soc__firmware__get_throttled=throttled,
@@ -166,7 +171,9 @@ def test_the_state_directory_and_what_is_installed(patient: Patient, tmp_path: P
 
 
 @pytest.mark.parametrize(("free", "status"), [(2**30, "ok"), (100 * 2**20, "warning"), (2**20, "broken")])
-def test_a_full_disk(patient: Patient, monkeypatch: pytest.MonkeyPatch, free: int, status: str) -> None:
+def test_a_disk_that_fills_is_a_warning_and_a_full_one_is_broken(
+    patient: Patient, monkeypatch: pytest.MonkeyPatch, free: int, status: str
+) -> None:
     usage = doctor.shutil.disk_usage("/")._replace(free=free)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage)
     check = one("state", patient)
@@ -174,7 +181,7 @@ def test_a_full_disk(patient: Patient, monkeypatch: pytest.MonkeyPatch, free: in
     assert f"{free / 2**20:.0f} MiB free" in check.found
 
 
-def test_trust(patient: Patient, tmp_path: Path) -> None:
+def test_no_key_is_a_warning_and_a_folder_of_revoked_ones_is_broken(patient: Patient, tmp_path: Path) -> None:
     assert one("trust", patient).status == "warning"
     _, public = save_keypair(tmp_path / "keys", "ours")
     assert one("trust", changed(patient, trust=public)).found.startswith("1 key in ")
@@ -210,7 +217,7 @@ def test_a_second_distribution_that_is_really_there(
 
 
 @pytest.mark.slow
-def test_engines(patient: Patient) -> None:
+def test_each_engine_is_found_with_its_version_or_absent(patient: Patient) -> None:
     checks = {check.name: check for check in look("engines", patient)}
     assert checks["engine onnxruntime"].status == checks["engine litert"].status == "ok"
     assert checks["engine onnxruntime"].found.startswith("version 1.")

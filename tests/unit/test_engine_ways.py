@@ -8,17 +8,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from outrider import admit
+from outrider.admit import admit
+from outrider.admit.supervise import Limits
 from outrider.bundle import Trust, open_bundle
 from outrider.installer import install
 from outrider.model import load
 from outrider.store import Store
-from outrider.supervise import Limits
-from outrider_runtimes.engines import engine_named, find_engines
-from outrider_runtimes.engines.onnxruntime import ACCELERATED, CPU, CUDA, TENSORRT, provider_options
-from outrider_runtimes.errors import ModelLoadError
+from outrider_runtimes.engines import engine_named, find_engines, onnxruntime
+from outrider_runtimes.engines.onnxruntime import (
+    ACCELERATED,
+    CPU,
+    CUDA,
+    TENSORRT,
+    OnnxRuntimeEngine,
+    has_gpu_library,
+    provider_options,
+)
+from outrider_runtimes.errors import NoEngine
 from support import tinymodels
 from support.realbundles import ONNX, expected, images, make_real_bundle
+from support.strangers import distribute
 
 STRANGER = """
 from outrider_runtimes.engines.onnxruntime import OnnxRuntimeEngine
@@ -46,19 +55,10 @@ def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     distribute(tmp_path, monkeypatch, "stranger_engine", STRANGER, "stranger = stranger_engine:Stranger")
 
 
-def distribute(folder: Path, monkeypatch: pytest.MonkeyPatch, module: str, source: str, entry: str) -> None:
-    site = folder / "site"
-    info = site / f"{module}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[outrider.engines]\n{entry}\n")
-    (site / f"{module}.py").write_text(source)
-    monkeypatch.syspath_prepend(str(site))
-
-
 @pytest.mark.parametrize("node", ["nvidia0", "nvhost-gpu"])
 def test_the_ways_onto_a_gpu_come_first_where_there_is_one(tmp_path: Path, node: str) -> None:
     assert {engine.name for engine in find_engines(tmp_path)} == {"onnxruntime", "litert", "tflite_runtime"}
+    assert not has_gpu_library()  # the wheel for the processor is installed here
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / node).touch()
     names = [engine.name for engine in find_engines(tmp_path)]
@@ -77,11 +77,17 @@ def test_a_provider_that_this_onnxruntime_lacks_is_named_with_those_it_has(engin
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
 @pytest.mark.parametrize("engine", ACCELERATED, ids=lambda engine: engine.name)
-def test_a_silent_fall_back_to_the_processor_is_refused(tmp_path: Path, engine) -> None:
+def test_a_way_never_goes_on_without_its_first_provider(tmp_path: Path, engine) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(tinymodels.classifier_onnx(tinymodels.weights()))
-    with pytest.raises(ModelLoadError, match=f"{engine.providers[0]} was asked for, ONNX Runtime fell back to {CPU}"):
+    with pytest.raises(NoEngine, match=f"{engine.providers[0]} is not among this onnxruntime's providers"):
         engine.prepare(path, threads=1, cache=tmp_path / "cache")
+
+
+def test_the_file_that_asks_whether_a_provider_starts_gives_back_what_it_is_given(tmp_path: Path) -> None:
+    (tmp_path / "same.onnx").write_bytes(onnxruntime._PASS_THROUGH)
+    session = OnnxRuntimeEngine().prepare(tmp_path / "same.onnx", threads=1)
+    assert session.run([np.float32([2.5])])[0].tolist() == [2.5]
 
 
 def test_tensorrt_alone_is_told_where_to_keep_what_it_builds(tmp_path: Path) -> None:
@@ -123,7 +129,7 @@ def test_an_engine_that_builds_gets_more_time_for_each_of_its_variants(tmp_path:
     make_real_bundle(tmp_path / "b.outrider", formats=("onnx", "tflite"))
     limits = Limits(rss_bytes=1, wall_s=10.0, cpu_s=20.0, build_s=100.0)
     with open_bundle(tmp_path / "b.outrider") as bundle:
-        more = admit._with_builds(limits, bundle.manifest)
+        more = admit._with_builds(limits, bundle.manifest, find_engines())
     assert (more.wall_s, more.cpu_s) == (110.0, 120.0)
 
 

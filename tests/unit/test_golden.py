@@ -89,7 +89,7 @@ def test_another_shape_fails_without_broadcasting(shape):
     assert "shape" in report.failure and report.max_error == {}
 
 
-def test_names():
+def test_an_output_too_few_too_many_or_without_a_bound_fails_by_its_name():
     y = {"y": LOGITS}
     missing = compare({}, stored=y, reference=y, tolerance={"y": 1.0}, decision=ARGMAX)
     assert "missing" in missing.failure and missing.agreement is None
@@ -108,7 +108,7 @@ def test_a_decision_that_cannot_be_made_fails():
     assert "reference" in judge(LOGITS, reference=LOGITS[:2]).failure
 
 
-def test_integers_and_bools():
+def test_integers_differ_exactly_and_bools_by_one():
     big = np.array([2**62, 2**62 + 1], np.int64)
     assert largest_difference(big, big) == 0.0
     assert largest_difference(np.array([0, 255], np.uint8), np.array([255, 255], np.uint8)) == 255.0
@@ -129,7 +129,7 @@ def test_the_error_is_numpys(array, shift):
 
 
 @pytest.mark.parametrize("check", [NONE, ARGMAX, DecisionCheck(kind="argmax", output="o", axis=1, min_agreement=1.0)])
-def test_round_trip(check):
+def test_a_decision_check_comes_back_from_json(check):
     assert DecisionCheck.from_dict(check.to_dict()) == check
 
 
@@ -149,6 +149,6 @@ def test_round_trip(check):
         {"kind": "argmax", "output": "y", "min_agreement": float("nan")},
     ],
 )
-def test_malformed(bad):
+def test_a_malformed_decision_check_is_a_format_error(bad):
     with pytest.raises(FormatError):
         DecisionCheck.from_dict(bad)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider.grid import CONTENDS, Cell, contenders, time_block, time_cells
+from outrider.admit.grid import CONTENDS, Cell, contenders, time_block, time_cells
 
 
 class Bench:
@@ -119,7 +119,7 @@ def test_cell_after_cell_the_same_drift_would_turn_it() -> None:
     assert fast.p50_ms > slow.p50_ms
 
 
-def test_contenders() -> None:
+def test_contenders_are_those_within_the_bound_of_the_best() -> None:
     bench = Bench()
     cells = [bench.cell(str(ms), 1.0) for ms in (1.0, CONTENDS, CONTENDS + 0.01)]
     for cell in cells:

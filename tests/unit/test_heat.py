@@ -8,17 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from outrider_runtimes import heat as heat_module
 from outrider_runtimes.heat import Heat, read_heat
+from support.trees import tree
 
 THERMAL = "sys/class/thermal"
-
-
-def tree(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
 
 
 def tool(root: Path, script: str) -> None:
@@ -26,6 +20,12 @@ def tool(root: Path, script: str) -> None:
     path.parent.mkdir(parents=True)
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long a busy machine takes to start a shell decides no test."""
+    monkeypatch.setattr(heat_module, "VCGENCMD_S", 120.0)
 
 
 def test_nothing_is_known_of_an_empty_root(tmp_path: Path) -> None:

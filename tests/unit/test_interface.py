@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from outrider_runtimes.errors import FormatError, ShapeError
+from outrider_runtimes.errors import FormatError, InputError, ShapeError
 from outrider_runtimes.processing import Softmax, around
 from outrider_runtimes.tensors import Interface, StatePair, TensorSpec, check_inputs
 from support.memory import H_NEXT, INTERFACE, H, X, Y
@@ -116,3 +116,16 @@ def test_one_letter_twice_in_a_tensor_is_a_square():
     assert check_inputs(interface, {"image": np.zeros((1, 3, 3), np.float32)})
     with pytest.raises(ShapeError, match="H = 4"):
         check_inputs(interface, {"image": np.zeros((1, 3, 4), np.float32)})
+
+
+def test_classes_are_called_by_their_labels():
+    interface = dataclasses.replace(NETWORK, labels=("cat", "größe", ""))
+    got = interface.named(np.array([[1, 0], [-1, 2]]))
+    assert got.tolist() == [["größe", "cat"], ["", ""]]
+    assert interface.named(np.zeros((0, 3), np.int32)).shape == (0, 3)
+    for wrong in ([3], [-2], [0.5], ["cat"]):
+        with pytest.raises(InputError, match="are not numbers of the 3 labels"):
+            interface.named(np.array(wrong))
+    with pytest.raises(InputError, match="0 labels") as caught:
+        dataclasses.replace(NETWORK, labels=()).named(np.array([0]))
+    assert caught.value.hint == "the bundle has no labels"

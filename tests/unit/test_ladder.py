@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider.admission import remembered
+from outrider.admit.admission import remembered
 from outrider.installer import install
 from outrider.ladder import LONGEST_HOLD_S, Ladder, Rules, Standing, decide
 from outrider.model import load
 from outrider.opening import Opened, Wanted, open_choice
 from outrider.serving import Change, Serving
 from outrider.store import Store
-from outrider_runtimes.errors import ConfigError, ModelLoadError
+from outrider_runtimes.errors import ConfigError, InferenceError, ModelLoadError
 from outrider_runtimes.heat import Heat
 from support.realbundles import ONNX, TFLITE, expected, images, make_real_bundle
 
@@ -40,6 +40,7 @@ def at(rung: int = 0, **fields: Any) -> Standing:
         (Heat(celsius=60.0, throttled=True), LATE, True),
         (Heat(celsius=60.0, throttled=False, undervolted=True), LATE, True),
         (Heat(), LATE, True),  # nothing is known: heat may be why
+        (Heat(celsius=60.0, throttled=False, ceiling=0.5), LATE, False),  # an operator's limit is not heat
         (WARM, LATE, False),  # something else makes it late
         (COOL, LATE, False),
         (HOT, FINE, False),  # hot, and the bound holds all the same
@@ -218,7 +219,7 @@ def test_what_was_stepped_away_from_is_closed_unless_it_shall_stay(tmp_path: Pat
         if resident:
             assert first.run({"image": images(1)}).outputs
         else:
-            with pytest.raises(Exception, match="closed"):
+            with pytest.raises(InferenceError, match="closed"):
                 first.run({"image": images(1)})
         board.run(50.0, calls=0)
         board.run(50.0, calls=0, later_s=30.0)
@@ -226,8 +227,18 @@ def test_what_was_stepped_away_from_is_closed_unless_it_shall_stay(tmp_path: Pat
         assert board.opened == [ONNX, TFLITE] + [ONNX] * (not resident)
         board.run(85.0)
         board.serving.close()
-        with pytest.raises(Exception, match="closed"):
+        with pytest.raises(InferenceError, match="closed"):
             first.run({"image": images(1)})
+
+
+@pytest.mark.slow
+def test_what_comes_after_the_end_is_freed_and_told_to_nobody(board: Board) -> None:
+    late = board.open(TFLITE)
+    board.serving.close()
+    assert board.serving.replace(late, kind="step_down", reason="too late") is None
+    with pytest.raises(InferenceError, match="closed"):
+        late.session.run({"image": images(1)})
+    assert board.changes == []
 
 
 @pytest.mark.slow
@@ -271,6 +282,32 @@ def test_steps_under_load_lose_no_call(board: Board) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("resident", [False, True])
+def test_a_step_that_overlaps_a_rollback_does_not_put_the_failed_bundle_back(tmp_path: Path, resident: bool) -> None:
+    board = Board(tmp_path, latency_ms=1e-9, resident=resident)
+    make_real_bundle(tmp_path / "other.outrider", name="other", seed=1)
+    install(tmp_path / "other.outrider", state=tmp_path / "state")
+    other = Store(tmp_path / "state").installed("other")
+    good = open_choice(other, remembered(other.choice)[0], Wanted(), verified=False)
+    stepped: list[Opened] = []
+
+    def open_late(variant: str) -> Opened:
+        stepped.append(board.open(variant))
+        board.serving.replace(good, kind="rollback", reason="a NaN")  # while the rung is loaded
+        return stepped[0]
+
+    board.ladder._open = open_late
+    board.run(85.0)
+    assert [change.kind for change in board.changes] == ["rollback"]
+    assert board.serving.served.bundle == other.digest
+    with pytest.raises(InferenceError, match="closed"):
+        stepped[0].session.run({"image": images(1)})
+    board.ladder.look()
+    assert [change.kind for change in board.changes] == ["rollback"]
+    board.serving.close()
+
+
+@pytest.mark.slow
 def test_load_with_a_ladder_serves_its_first_variant_and_close_ends_its_thread(tmp_path: Path) -> None:
     make_real_bundle(tmp_path / "b.outrider", formats=("onnx", "tflite"))
     before = {thread.name for thread in threading.enumerate()}
@@ -287,7 +324,17 @@ def test_load_with_a_ladder_serves_its_first_variant_and_close_ends_its_thread(t
         ({"ladder": [ONNX], "latency_ms": 1.0}, "expected two variants or more"),
         ({"ladder": [ONNX, ONNX], "latency_ms": 1.0}, "expected two variants or more"),
         ({"ladder": "onnx", "latency_ms": 1.0}, "expected two variants or more"),
+        ({"ladder": [ONNX, None], "latency_ms": 1.0}, "expected two variants or more"),
+        ({"ladder": {ONNX, TFLITE}, "latency_ms": 1.0}, "expected two variants or more"),
+        ({"ladder": (name for name in (ONNX, TFLITE)), "latency_ms": 1.0}, "expected two variants or more"),
+        ({"ladder": [[ONNX], [TFLITE]], "latency_ms": 1.0}, "expected two variants or more"),
+        ({"ladder": 3, "latency_ms": 1.0}, "expected two variants or more"),
         ({"ladder": [ONNX, TFLITE]}, "needs latency_ms"),
+        ({"ladder": [ONNX, TFLITE], "latency_ms": "5"}, "a number above 0; it is '5'"),
+        ({"ladder": [ONNX, TFLITE], "latency_ms": True}, "a number above 0; it is True"),
+        ({"ladder": [ONNX, TFLITE], "latency_ms": float("inf")}, "a number above 0; it is inf"),
+        ({"latency_ms": 5.0}, "for a ladder, and there is none"),
+        ({"ladder_resident": True}, "for a ladder, and there is none"),
         ({"ladder": [ONNX, TFLITE], "latency_ms": float("nan")}, "needs latency_ms"),
         ({"ladder": [ONNX, TFLITE], "latency_ms": 1.0, "variant": ONNX}, "exclude each other"),
         ({"ladder": [ONNX, "none"], "latency_ms": 1.0}, "no variant 'none'"),
@@ -297,7 +344,7 @@ def test_a_ladder_that_cannot_be_climbed_is_refused(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, asked: dict[str, Any], says: str
 ) -> None:
     state = tmp_path / "state"
-    if "none" in asked["ladder"]:
+    if asked.get("ladder") == [ONNX, "none"]:
         make_real_bundle(tmp_path / "b.outrider", formats=("onnx", "tflite"))
         install(tmp_path / "b.outrider", state=state)
     with pytest.raises(ConfigError, match=says):

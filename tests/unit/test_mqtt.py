@@ -11,14 +11,19 @@ from pathlib import Path
 import pytest
 
 from outrider.telemetry.mqtt import (
+    FIRST_BACKOFF_S,
     MAX_BACKOFF_S,
     Broker,
+    Connection,
     Credentials,
+    Handlers,
+    Message,
     backoff_s,
     parse_broker,
     to_credentials,
 )
 from outrider_runtimes.errors import ConfigError
+from support.broker import wait_until
 
 
 @pytest.mark.parametrize(
@@ -77,23 +82,50 @@ def test_credentials_are_a_pair_and_are_not_shown() -> None:
     credentials = to_credentials(("pi", "hunter2"))
     assert credentials == to_credentials(Credentials(username="pi", password="hunter2"))
     assert "hunter2" not in repr(credentials)
-    for wrong in ("pi", ("pi",), ("pi", "x", "y"), (1, "x")):
+    for wrong in (
+        "pi",
+        ("pi",),
+        ("pi", "x", "y"),
+        (1, "x"),
+        ("pi", 5),
+        ("p" * 70_000, "x"),
+        ("pi", "\0"),
+        ("\ud800", "x"),
+    ):
         with pytest.raises(ConfigError, match="credentials"):
             to_credentials(wrong)  # type: ignore[arg-type]
 
 
 def test_the_wait_grows_to_a_bound_and_is_spread() -> None:
     rng = random.Random(1)
-    waits = {attempt: [backoff_s(attempt, rng) for _ in range(500)] for attempt in (1, 4, 30, 10_000)}
+    waits = {attempt: [backoff_s(attempt, rng) for _ in range(500)] for attempt in (1, 2, 30, 10_000)}
     assert all(0.0 < wait <= MAX_BACKOFF_S for many in waits.values() for wait in many)
-    assert max(waits[1]) <= 0.4 < max(waits[4]) <= 3.2 < max(waits[30])
+    assert max(waits[1]) <= FIRST_BACKOFF_S < max(waits[2]) <= 2 * FIRST_BACKOFF_S < max(waits[30])
     # Fifty devices that lost the same broker: no tenth of the time holds more than a fifth of them.
     in_tenths = [int(wait / (MAX_BACKOFF_S / 10)) for wait in waits[30]]
     assert max(in_tenths.count(tenth) for tenth in range(10)) < 0.2 * len(in_tenths)
 
 
+def test_whatever_an_attempt_raises_the_connection_is_tried_again() -> None:
+    raised = []
+
+    def will() -> Message:
+        raised.append(1)
+        raise ZeroDivisionError("no will")
+
+    class Soon(random.Random):
+        def uniform(self, a: float, b: float) -> float:
+            return 0.0
+
+    connection = Connection(Broker(host="127.0.0.1", port=1), client_id="x", handlers=Handlers(), will=will, rng=Soon())
+    connection.start()
+    wait_until(lambda: len(raised) > 2)
+    assert "no will" in connection.last_error
+    assert connection.close()
+
+
 def run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250)
 
 
 def test_telemetry_imports_no_client_before_it_is_used() -> None:

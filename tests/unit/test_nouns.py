@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import pickle
 from collections.abc import Callable
 from dataclasses import field
@@ -22,6 +23,7 @@ class Quick:
     name: str
     sizes: tuple[int, ...] = ()
     note: str = field(default="", repr=False, compare=False)
+    more: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -40,6 +42,7 @@ class Standard:
     name: str
     sizes: tuple[int, ...] = ()
     note: str = field(default="", repr=False, compare=False)
+    more: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
 
 
 BOTH = pytest.mark.parametrize("kind", [Quick, Standard])
@@ -82,6 +85,8 @@ def test_arguments_go_by_name_and_are_all_known(kind: Callable[..., Any]) -> Non
     for arguments in ((), ("a",)):
         with pytest.raises(TypeError):
             kind(*arguments)
+    with pytest.raises(TypeError, match="name"):
+        kind(sizes=(1,))
     with pytest.raises(TypeError, match="colour"):
         kind(name="a", colour="red")
 
@@ -89,12 +94,27 @@ def test_arguments_go_by_name_and_are_all_known(kind: Callable[..., Any]) -> Non
 @BOTH
 def test_the_functions_of_dataclasses_work(kind: Callable[..., Any]) -> None:
     noun = kind(name="a", sizes=(1,), note="n")
-    assert dataclasses.asdict(noun) == {"name": "a", "sizes": (1,), "note": "n"}
+    assert dataclasses.asdict(noun) == {"name": "a", "sizes": (1,), "note": "n", "more": {}}
     assert dataclasses.replace(noun, name="b") == kind(name="b", sizes=(1,))
-    assert [each.name for each in dataclasses.fields(noun)] == ["name", "sizes", "note"]
+    assert [each.name for each in dataclasses.fields(noun)] == ["name", "sizes", "note", "more"]
     for again in (copy.deepcopy(noun), pickle.loads(pickle.dumps(noun))):
         assert again == noun
         assert again.note == "n"
+
+
+@BOTH
+def test_a_default_that_is_made_is_each_one_s_own(kind: Callable[..., Any]) -> None:
+    one, other = kind(name="a"), kind(name="a")
+    assert one.more == other.more == {}
+    assert one.more is not other.more
+
+
+def test_its_signature_is_the_standard_one_s() -> None:
+    quick, standard = inspect.signature(Quick).parameters, inspect.signature(Standard).parameters
+    assert [(each.name, each.kind, each.annotation) for each in quick.values()] == [
+        (each.name, each.kind, each.annotation) for each in standard.values()
+    ]
+    assert [quick[name].default for name in ("name", "sizes", "note")] == [inspect.Parameter.empty, (), ""]
 
 
 def test_what_a_class_checks_and_computes_itself_stays() -> None:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outrider_exporters.convert.observers import LEVELS, OBSERVERS, TAIL_SHARE, Histogram, find_range, rounding_error
+from support.effort import effort
 
 numbers = st.floats(-1e6, 1e6, width=32)
 arrays = st.lists(numbers, min_size=1, max_size=60).map(lambda values: np.array(values, np.float32))
@@ -55,7 +56,7 @@ def test_min_max_takes_all(values):
 
 
 @given(arrays)
-@settings(max_examples=60)
+@settings(max_examples=effort(60))
 def test_mse_is_never_worse_than_min_max(values):
     histogram = counted(values)
     errors = {name: rounding_error(*histogram.counts, find_range(name, histogram)) for name in ("mse", "min-max")}

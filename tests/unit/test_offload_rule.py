@@ -13,7 +13,7 @@ from outrider.bundle.offload import OffloadRule, parse_offload
 from outrider_exporters import Data, Offload
 from outrider_exporters.offload import check_offload, not_the_class, score_of
 from outrider_exporters.report.offload import offload_section
-from outrider_runtimes.errors import ConfigError, FormatError
+from outrider_runtimes.errors import ConfigError, ExportError, FormatError
 from outrider_runtimes.scores import Score
 from outrider_runtimes.tensors import Interface, TensorSpec
 
@@ -34,7 +34,7 @@ numbers = st.floats(allow_nan=False, allow_infinity=False)
 
 
 @given(st.floats(0.001, 0.9), st.integers(1, 10**6), numbers, numbers)
-def test_json_and_back(alpha, rows, first, second):
+def test_a_rule_comes_back_from_json(alpha, rows, first, second):
     rule = OffloadRule(
         score=Score(kind="energy", output="logits"),
         alpha=alpha,
@@ -83,17 +83,29 @@ def test_values_of_another_type_are_refused_where_they_are_made(options):
 
 
 def test_the_parts_that_it_needs():
-    x = {"x": np.zeros((4, 2), np.float32)}
-    labels = np.zeros(4, np.int64)
+    x = {"x": np.zeros((230, 2), np.float32)}
+    labels = np.zeros(230, np.int64)
     check_offload(Offload(), Data(certification=(x, labels), calibration=x, test=1), INTERFACE)
     for data, missing in (
         (Data(calibration=x, test=1), "data.certification"),
         (Data(certification=(x, labels), test=1), "data.calibration"),
-        (Data(certification=(x, labels[:3]), calibration=x, test=1), "4 rows of inputs and 3 targets"),
+        (Data(certification=(x, labels[:3]), calibration=x, test=1), "230 rows of inputs and 3 targets"),
         (Data(certification=x, calibration=x, test=1), "data.certification is not a pair"),
     ):
         with pytest.raises(ConfigError, match=missing):
             check_offload(Offload(), data, INTERFACE)
+
+
+@pytest.mark.parametrize(("alpha", "rows"), [(0.01, 230), (0.05, 45)])
+def test_too_few_rows_are_refused_before_any_work_with_their_number(alpha, rows):
+    def check(count):
+        x = {"x": np.zeros((count, 2), np.float32)}
+        labels = np.zeros(count, np.int64)
+        check_offload(Offload(alpha=alpha), Data(certification=(x, labels), calibration=x, test=1), INTERFACE)
+
+    check(rows)
+    with pytest.raises(ExportError, match=rf"offload: {rows - 1} calibration rows cannot certify .*it takes {rows}"):
+        check(rows - 1)
 
 
 def test_an_answer_is_wrong_where_any_of_its_places_is():

@@ -1,30 +1,32 @@
-"""The policy: tables of decisions, properties of them, and the breaker against a model written another way."""
+"""The policy: tables of decisions, and properties of them."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from outrider.breaker import Breaker
 from outrider.policy import (
-    CLOSED,
-    JITTER_SHARE,
-    Breaker,
+    FIRST,
+    OBSTACLES,
+    RESCUES,
+    STRAINS,
+    SWITCHES,
+    UNKNOWN,
     Policy,
     State,
-    allow,
-    failed,
-    may_call,
+    Strain,
+    barred,
     obstacle,
-    open_for_s,
-    released,
+    rescue,
     review,
     route,
-    succeeded,
+    strained,
 )
 from outrider_runtimes.errors import ConfigError
 
@@ -54,9 +56,25 @@ def test_no_deadline_is_said_not_assumed():
         Policy()  # type: ignore[call-arg]
 
 
+def test_numbers_of_numpy_are_numbers():
+    policy = Policy(np.float32(80), min_margin=np.float32(0.5), hedge_after_ms=np.int64(5))
+    assert policy == Policy(80.0, min_margin=0.5, hedge_after_ms=5.0)
+    assert {type(value) for value in (policy.deadline_ms, policy.min_margin, policy.hedge_after_ms)} == {float}
+    with pytest.raises(ConfigError, match="deadline_ms"):
+        Policy(np.float32("nan"))
+
+
+def test_a_deadline_as_short_as_the_reserve_is_refused_with_a_reserve_that_fits():
+    with pytest.raises(ConfigError, match=r"reserve_ms is 2\.0, expected below deadline_ms, 1\.0") as caught:
+        Policy(1.0)
+    assert caught.value.hint == "reserve_ms=0.25"
+    assert Policy(1.0, reserve_ms=0.25).reserve_ms == 0.25
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("private", 1),
         ("deadline_ms", 0.0),
         ("deadline_ms", -1),
         ("deadline_ms", math.nan),
@@ -69,9 +87,17 @@ def test_no_deadline_is_said_not_assumed():
         ("min_margin", math.nan),
         ("hedge_after_ms", -1.0),
         ("hedge_after_ms", math.nan),
-        ("obey_certified", 1),
+        *((switch, value) for switch in SWITCHES for value in (1, None)),
         ("output", 3),
-        ("offload_when_queued", 1),
+        ("hot_c", "hot"),
+        ("hot_c", math.nan),
+        ("low_battery", 1.1),
+        ("low_battery", 20),
+        ("audit_share", -0.1),
+        ("audit_share", None),
+        ("audit_allowed", 0.0),
+        ("audit_allowed", 1.0),
+        ("audit_allowed", "1 %"),
         ("reserve_ms", -1.0),
         ("reserve_ms", 80.0),
         ("failures_in_a_row", 0),
@@ -110,7 +136,7 @@ def test_a_bad_field_is_refused_by_name(name, value):
         (State(deadline_s=math.inf, edge_ms=1e9, cloud_ms=1.0), ("edge", "edge", False)),
     ],
 )
-def test_route(given_state, expected):
+def test_route_decides_by_the_time_the_board_and_the_queue(given_state, expected):
     decision = route(POLICY, given_state, NOW_S)
     assert (decision.side, decision.reason, decision.refresh_edge) == expected
 
@@ -119,6 +145,78 @@ def test_the_queue_reason_can_be_switched_off():
     overloaded = state(edge_ms=200.0, cloud_ms=20.0)
     assert route(POLICY, overloaded, NOW_S).side == "cloud"
     assert route(Policy(80.0, offload_when_queued=False), overloaded, NOW_S).side == "edge"
+
+
+HOT = Strain(celsius=81.0)
+SPARED = {
+    "hot": HOT,
+    "throttled": Strain(celsius=70.0, throttled=True),
+    "low_power": Strain(undervolted=True, throttled=True),
+}
+SWITCHED_OFF = {
+    "hot": {"hot_c": None},
+    "throttled": {"offload_when_throttled": False, "hot_c": None},
+    "low_power": {"offload_when_low_power": False, "offload_when_throttled": False},
+}
+
+
+@pytest.mark.parametrize("reason", STRAINS)
+def test_a_strained_board_is_spared_where_the_cloud_leaves_the_edge_its_time(reason):
+    spared = state(edge_ms=30.0, cloud_ms=40.0, cloud_tried_s=NOW_S, strain=SPARED[reason])
+    assert route(POLICY, spared, NOW_S) is FIRST[reason]
+    assert route(Policy(80.0, **SWITCHED_OFF[reason]), spared, NOW_S).reason == "edge"
+    too_slow = dataclasses.replace(spared, cloud_ms=50.0)  # with the edge's 30 and the reserve, no time is left
+    assert route(POLICY, too_slow, NOW_S).reason == "edge"
+    assert route(POLICY, dataclasses.replace(too_slow, cloud_tried_s=NOW_S - 6), NOW_S).reason == reason  # too old
+    unmeasured = route(POLICY, dataclasses.replace(spared, edge_ms=None), NOW_S)
+    assert (unmeasured.reason, unmeasured.refresh_edge) == (reason, True)
+    for obstacle_ in ({"private": True}, {"spent": True}, {"mismatch": True}, {"breaker": OPEN}):
+        assert route(POLICY, dataclasses.replace(spared, **obstacle_), NOW_S).reason == "edge"
+
+
+@pytest.mark.parametrize(
+    ("strain", "reason"),
+    [
+        (UNKNOWN, None),
+        (Strain(celsius=79.9), None),
+        (Strain(celsius=80.0), "hot"),
+        (Strain(celsius=90.0, throttled=True), "throttled"),
+        (Strain(celsius=90.0, throttled=True, undervolted=True), "low_power"),
+        (Strain(battery=0.21), None),
+        (Strain(battery=0.2), "low_power"),
+        (Strain(battery=0.0), "low_power"),
+    ],
+)
+def test_what_strains_the_board_most_is_the_reason(strain, reason):
+    assert strained(POLICY, strain) == reason
+
+
+def test_a_deadline_that_only_the_cloud_can_meet_goes_before_sparing_the_board():
+    both = state(edge_ms=100.0, edge_tried_s=NOW_S, cloud_ms=70.0, cloud_tried_s=NOW_S, strain=HOT)
+    assert route(POLICY, both, NOW_S).reason == "queue"
+
+
+def test_a_task_of_the_cloud_goes_there_and_is_a_stopgap_where_it_cannot():
+    task = state(edge_ms=30.0, cloud_only=True)
+    assert route(POLICY, task, NOW_S) is FIRST["cloud_only"]
+    assert route(Policy(80.0, obey_cloud_only=False), task, NOW_S).reason == "edge"
+    for change, reason in (
+        ({"private": True}, "private"),
+        ({"spent": True}, "budget_spent"),
+        ({"mismatch": True}, "interface_mismatch"),
+        ({"breaker": OPEN}, "circuit_open"),
+        ({"edge_ms": 79.0}, "no_time_left"),
+    ):
+        stopgap = route(POLICY, dataclasses.replace(task, **change), NOW_S)
+        assert (stopgap.side, stopgap.reason) == ("edge", reason)
+
+
+@pytest.mark.parametrize("reason", RESCUES)
+def test_where_the_edge_has_no_answer_the_cloud_is_asked_unless_that_is_switched_off(reason):
+    assert rescue(POLICY, state(), reason, NOW_S)
+    assert not rescue(Policy(80.0, **{RESCUES[reason]: False}), state(), reason, NOW_S)
+    assert not rescue(POLICY, state(private=True), reason, NOW_S)
+    assert not rescue(POLICY, state(left_ms=0.0), reason, NOW_S)
 
 
 # --- review
@@ -144,13 +242,33 @@ def test_the_queue_reason_can_be_switched_off():
         (State(deadline_s=math.inf, cloud_ms=1e9, cloud_tried_s=NOW_S), 0.1, ("offload", "uncertain")),
     ],
 )
-def test_review(given_state, margin, expected):
+def test_review_keeps_what_is_sure_enough_and_says_why_else(given_state, margin, expected):
     verdict = review(POLICY, given_state, margin, NOW_S)
     assert (verdict.action, verdict.reason) == expected
 
 
 def test_a_margin_of_zero_judges_nothing():
     assert review(Policy(80.0), state(), 0.0, NOW_S).reason == "edge"
+
+
+def test_what_was_certified_of_the_answer_is_obeyed_unless_the_policy_has_its_own_rule():
+    certified = Policy(80.0)
+    assert review(certified, state(), 0.4, NOW_S, certified=0.5).reason == "uncertain"
+    assert review(certified, state(), 0.5, NOW_S, certified=0.5).reason == "confident"
+    assert review(certified, state(), 0.4, NOW_S).reason == "edge"
+    assert review(Policy(80.0, obey_certified=False), state(), 0.4, NOW_S, certified=0.5).reason == "edge"
+    assert review(POLICY, state(), 0.6, NOW_S, certified=0.9).reason == "confident"
+
+
+def test_a_share_of_the_confident_answers_is_audited():
+    auditing = Policy(80.0, min_margin=0.5, audit_share=0.1)
+    assert review(auditing, state(), 0.9, NOW_S, draw=0.099).action == "audit"
+    assert review(auditing, state(), 0.9, NOW_S, draw=0.1).reason == "confident"
+    assert review(auditing, state(), 0.1, NOW_S, draw=0.0).reason == "uncertain"
+    assert review(auditing, state(left_ms=1.0), 0.9, NOW_S, draw=0.0).action == "audit"  # nobody waits for it
+    assert review(POLICY, state(), 0.9, NOW_S, draw=0.0).reason == "confident"
+    for barrier in ({"private": True}, {"spent": True}, {"mismatch": True}, {"breaker": OPEN}):
+        assert review(auditing, state(**barrier), 0.9, NOW_S, draw=0.0).reason == "confident"
 
 
 # --- properties of both
@@ -165,6 +283,13 @@ breakers = st.builds(
     until_s=st.one_of(st.none(), times),
     probing=st.booleans(),
 )
+strains = st.just(UNKNOWN) | st.builds(
+    Strain,
+    celsius=st.none() | st.floats(-40.0, 120.0),
+    throttled=st.booleans(),
+    undervolted=st.booleans(),
+    battery=st.none() | st.floats(0.0, 1.0),
+)
 states = st.builds(
     State,
     deadline_s=times,
@@ -174,19 +299,23 @@ states = st.builds(
     cloud_tried_s=times,
     breaker=breakers,
     mismatch=st.booleans(),
-    certified=st.none() | st.floats(0.0, 1.0),
     private=st.booleans(),
     spent=st.booleans(),
+    cloud_only=st.booleans(),
+    strain=strains,
 )
 policies = st.builds(
     Policy,
     st.floats(10.0, 1000.0),
     min_margin=st.floats(0.0, 1.0),
-    offload_when_queued=st.booleans(),
     reserve_ms=st.floats(0.0, 9.0),
+    hot_c=st.none() | st.floats(40.0, 100.0),
+    low_battery=st.floats(0.0, 1.0),
+    audit_share=st.floats(0.0, 1.0),
+    **{switch: st.booleans() for switch in SWITCHES},
 )
 unit = st.floats(0.0, 1.0)
-order = {"keep": 0, "degrade": 1, "offload": 2}
+order = {"keep": 0, "audit": 0, "degrade": 1, "offload": 2}
 
 
 @given(policies, states, unit, times)
@@ -213,8 +342,9 @@ def test_more_time_never_takes_an_offload_away(policy, given_state, margin, now_
 def test_a_faster_edge_never_sends_a_request_away(policy, given_state, now_s, faster_by_ms):
     if given_state.edge_ms is None:
         return
-    faster = dataclasses.replace(given_state, edge_ms=max(0.0, given_state.edge_ms - faster_by_ms))
-    if route(policy, given_state, now_s).side == "edge":
+    idle = dataclasses.replace(given_state, cloud_only=False, strain=UNKNOWN)
+    faster = dataclasses.replace(idle, edge_ms=max(0.0, given_state.edge_ms - faster_by_ms))
+    if route(policy, idle, now_s).side == "edge":
         assert route(policy, faster, now_s).side == "edge"
 
 
@@ -226,144 +356,50 @@ def test_the_cloud_is_never_chosen_over_an_obstacle(policy, given_state, margin,
         assert review(policy, given_state, margin, now_s).action != "offload"
 
 
-# --- the breaker, by example
+@given(policies, states, unit, unit, times)
+def test_what_is_private_never_leaves_whatever_else_holds(policy, given_state, margin, draw, now_s):
+    private = dataclasses.replace(given_state, private=True)
+    assert route(policy, private, now_s).side != "cloud"
+    assert review(policy, private, margin, now_s, certified=0.5, draw=draw).action in ("keep", "degrade")
+    assert not any(rescue(policy, private, reason, now_s) for reason in RESCUES)
 
 
-def test_five_failures_in_a_row_open_it():
-    breaker = CLOSED
-    for _ in range(4):
-        breaker = failed(POLICY, breaker, NOW_S, 0.0)
-        assert may_call(breaker, NOW_S)
-    breaker = failed(POLICY, breaker, NOW_S, 0.0)
-    assert breaker.until_s == NOW_S + 5.0
-    assert not may_call(breaker, NOW_S + 4.999)
-    assert may_call(breaker, NOW_S + 5.0)
+@given(policies, states, times)
+def test_a_reason_that_is_switched_off_is_never_the_reason(policy, given_state, now_s):
+    decision = route(policy, given_state, now_s)
+    off = {"queue": {"offload_when_queued": False}, "cloud_only": {"obey_cloud_only": False}, **SWITCHED_OFF}
+    for reason, fields in off.items():
+        assert route(dataclasses.replace(policy, **fields), given_state, now_s).reason != reason
+    if decision.side == "cloud":
+        assert decision.reason in off
+    else:
+        assert decision.reason in ("edge", "no_time", *OBSTACLES)
 
 
-def test_half_of_the_last_ten_open_it_though_never_two_in_a_row():
-    breaker = CLOSED
-    for _ in range(4):
-        breaker = succeeded(POLICY, failed(POLICY, breaker, NOW_S, 0.0))
-        assert breaker.until_s is None
-    breaker = failed(POLICY, breaker, NOW_S, 0.0)
-    assert breaker.until_s is not None
+@given(policies, states, times)
+def test_with_every_reason_off_everything_stays(policy, given_state, now_s):
+    off = dataclasses.replace(policy, hot_c=None, **dict.fromkeys(SWITCHES, False))
+    assert route(off, given_state, now_s).side in ("edge", "refuse")
+    assert not any(rescue(off, given_state, reason, now_s) for reason in RESCUES)
 
 
-def test_one_probe_at_a_time_and_its_success_closes():
-    first, probing = allow(HALF_OPEN, NOW_S)
-    second, unchanged = allow(probing, NOW_S)
-    assert (first, second) == (True, False)
-    assert unchanged is probing
-    assert succeeded(POLICY, probing) is CLOSED
+@given(policies, states, times)
+def test_a_cloud_that_is_asked_though_the_edge_could_leaves_it_its_time(policy, given_state, now_s):
+    decision = route(policy, given_state, now_s)
+    left_ms = (given_state.deadline_s - now_s) * 1000.0
+    if decision.keep_edge:
+        assert given_state.edge_ms is not None
+        assert left_ms > given_state.edge_ms + policy.reserve_ms
+    if decision.reason in FIRST:
+        assert barred(given_state, now_s) is None
 
 
-def test_failed_probes_double_the_wait_up_to_the_cap():
-    breaker, waits_s = HALF_OPEN, []
-    now_s = NOW_S
-    for _ in range(6):
-        allowed, breaker = allow(breaker, now_s)
-        assert allowed
-        breaker = failed(POLICY, breaker, now_s, 0.0)
-        waits_s.append(breaker.until_s - now_s)
-        now_s = breaker.until_s
-    assert waits_s == [10.0, 20.0, 40.0, 60.0, 60.0, 60.0]
-
-
-def test_a_probe_that_said_nothing_leaves_the_next_one_free():
-    assert released(PROBING) == HALF_OPEN
-    assert released(CLOSED) is CLOSED
-
-
-def test_what_was_under_way_when_it_opened_changes_nothing():
-    assert succeeded(POLICY, OPEN) is OPEN
-    assert failed(POLICY, OPEN, NOW_S, 1.0) is OPEN
-
-
-def test_a_healthy_cloud_costs_no_allocation():
-    assert succeeded(POLICY, CLOSED) is CLOSED
-    assert allow(CLOSED, NOW_S) == (True, CLOSED)
-
-
-@given(st.integers(0, 10_000), unit)
-def test_the_wait_is_bounded_whatever_happened_before(opened, jitter):
-    wait_s = open_for_s(POLICY, opened, jitter)
-    assert POLICY.open_s <= wait_s <= POLICY.open_max_s * (1.0 + JITTER_SHARE)
-
-
-# --- the breaker, against a list of outcomes and a flag
-
-
-class BreakerMachine(RuleBasedStateMachine):
-    """Random calls, ends and waits. The model keeps plain lists; the breaker must agree at each step."""
-
-    @initialize(row=st.integers(1, 6), window=st.integers(1, 12))
-    def begin(self, row, window):
-        self.policy = Policy(80.0, failures_in_a_row=row, window=window, open_s=5.0, open_max_s=60.0)
-        self.breaker = CLOSED
-        self.now_s = 0.0
-        self.outcomes: list[bool] = []
-        self.phase = "closed"
-        self.opens = 0
-        self.under_way = 0
-
-    @rule(seconds=st.floats(0.0, 30.0))
-    def wait(self, seconds):
-        self.now_s += seconds
-
-    @rule()
-    def call(self):
-        expected = self.phase == "closed" or (self.phase == "open" and self.now_s >= self.breaker.until_s)
-        assert may_call(self.breaker, self.now_s) == expected
-        allowed, self.breaker = allow(self.breaker, self.now_s)
-        assert allowed == expected
-        if allowed:
-            self.under_way += 1
-            self.phase = "probing" if self.phase == "open" else self.phase
-
-    @precondition(lambda self: self.under_way > 0)
-    @rule()
-    def succeed(self):
-        self.under_way -= 1
-        self.breaker = succeeded(self.policy, self.breaker)
-        if self.phase == "closed":
-            self.outcomes.append(False)
-        elif self.phase == "probing":
-            self.phase, self.outcomes, self.opens = "closed", [], 0
-
-    @precondition(lambda self: self.under_way > 0)
-    @rule(jitter=unit)
-    def fail(self, jitter):
-        self.under_way -= 1
-        self.breaker = failed(self.policy, self.breaker, self.now_s, jitter)
-        if self.phase == "open":
-            return
-        self.outcomes.append(True)
-        if self.phase == "probing" or self._too_many():
-            wait_s = self.breaker.until_s - self.now_s
-            base_s = min(5.0 * 2**self.opens, 60.0)
-            assert base_s * 0.999 <= wait_s <= base_s * 1.251
-            self.phase, self.opens = "open", self.opens + 1
-
-    @precondition(lambda self: self.under_way > 0)
-    @rule()
-    def say_nothing(self):
-        self.under_way -= 1
-        self.breaker = released(self.breaker)
-        self.phase = "open" if self.phase == "probing" else self.phase
-
-    @invariant()
-    def it_agrees(self):
-        if not hasattr(self, "phase"):
-            return
-        assert (self.breaker.until_s is None) == (self.phase == "closed")
-        assert self.breaker.probing == (self.phase == "probing")
-        assert self.breaker.opened == self.opens
-
-    def _too_many(self) -> bool:
-        row, window = self.policy.failures_in_a_row, self.policy.window
-        in_a_row = len(self.outcomes) >= row and all(self.outcomes[-row:])
-        return in_a_row or sum(self.outcomes[-window:]) * 2 >= window
-
-
-TestBreakerMachine = BreakerMachine.TestCase
-TestBreakerMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+@given(policies, states, unit, unit, times)
+def test_only_confident_answers_are_audited_and_never_against_a_barrier(policy, given_state, margin, draw, now_s):
+    verdict = review(policy, given_state, margin, now_s, certified=0.5, draw=draw)
+    if verdict.action == "audit":
+        assert draw < policy.audit_share and barred(given_state, now_s) is None
+        assert margin >= (policy.min_margin or 0.5)
+    unaudited = review(policy, given_state, margin, now_s, certified=0.5, draw=1.0)
+    assert (unaudited.action == "keep") == (verdict.action in ("keep", "audit"))
+    assert unaudited.action != "audit"

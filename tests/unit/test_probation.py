@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider.admission import Choice
+from outrider.admit.admission import Choice
 from outrider.bundle import Trust
 from outrider.hybrid import Hybrid
 from outrider.installer import TRIAL_CALLS, install
@@ -278,13 +278,16 @@ def test_a_crash_in_a_process_of_its_own_goes_back_in_this_one(tmp_path: Path) -
 def test_another_interface_cannot_answer_so_the_model_says_load_again(tmp_path: Path) -> None:
     other = dataclasses.replace(INTERFACE, labels=tuple("abcdefghij"))
     good, _ = upgraded(tmp_path, tinymodels.moody_onnx(W, "nan", above=1.5), interface=other)
+    frames = []
     with load("tiny", state=tmp_path) as model:
-        for x in (BAD, X):
+        for x in (BAD, X, X, X):
             with pytest.raises(
                 RolledBack, match=r"rolled back to version 1, which has another interface: a NaN"
             ) as info:
                 model.infer(x)
             assert info.value.hint == "load it again"
+            frames.append(len(info.traceback))
+        assert len(set(frames[1:])) == 1, "no error holds on to the calls before it"
         assert [change.after.bundle for change in model.changes] == [good]
     with load("tiny", state=tmp_path) as model:
         assert right(model, BAD, seed=1)

@@ -42,6 +42,7 @@ from outrider_runtimes.processing import (
     step_from_dict,
 )
 from outrider_runtimes.tensors import Interface, TensorSpec
+from support.effort import effort
 from support.steps import EXAMPLES, fits
 
 PAGE = Path(__file__).parents[2] / "docs" / "steps.md"
@@ -69,6 +70,7 @@ def test_a_step_is_the_same_after_json(step):
 def test_the_page_has_one_table_a_kind_with_its_keys_and_defaults():
     sections = dict(SECTION.findall(PAGE.read_text() + "\n## end"))
     assert list(sections) == [
+        "decode_image",
         "resize",
         "letterbox",
         "center_crop",
@@ -109,7 +111,7 @@ def default_of(field):
 WRONG = [None, True, -1, 2**40, 1.5, float("inf"), "", "x" * 300, [], [True], [[]], {}, {"a": 1}, ["a", None], "NHH"]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=effort(400), deadline=None)
 @given(st.sampled_from(EXAMPLES), st.data())
 def test_any_other_value_makes_a_step_of_its_bounds_or_a_typed_error(step, data):
     stored = step.to_dict()
@@ -134,7 +136,7 @@ SPECS = st.builds(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=effort(400), deadline=None)
 @given(st.sampled_from(EXAMPLES), SPECS, st.integers(1, 4), st.sampled_from([{}, {"image": (None, 3, None, 0)}]))
 def test_inference_on_any_tensors_gives_specs_or_a_typed_error(step, spec, axes, callers):
     cut = dataclasses.replace(spec, shape=spec.shape[:axes], axes=spec.axes[:axes])
@@ -197,7 +199,7 @@ def image_chains(draw):
     return steps
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=effort(80), deadline=None)
 @given(image_chains(), st.integers(0, 2), st.integers(1, 30), st.integers(1, 30), st.sampled_from(["uint8", "float32"]))
 def test_what_a_chain_gives_is_what_was_inferred(steps, rows, height, width, dtype):
     image = np.random.default_rng(height).integers(0, 256, (rows, height, width, 3)).astype(dtype)
@@ -244,7 +246,7 @@ def test_a_detector_from_a_callers_picture_to_boxes_in_it():
     boxes = np.full((2, 16, 4), 0.5, np.float32)  # each cell by itself
     scores = np.full((2, 16, 2), -9.0, np.float32)
     scores[0, 5, 1] = 9.0  # second row and column: 8..16 by 8..16, the ground ends at 8
-    made = steps.finish({"boxes": boxes, "scores": scores}, {"image": image.shape})
+    made = steps.finish({"boxes": boxes, "scores": scores}, {"image": image})
     assert made["count"].tolist() == [1, 0]
     assert made["classes"][0, 0] == 1
     np.testing.assert_allclose(made["boxes"][0, 0], [20, 0, 40, 20])

@@ -19,6 +19,7 @@ from outrider_runtimes.processing import (
     Suppression,
     suppression,
 )
+from support.effort import effort
 from support.steps import run, spec_of
 
 AXES = {"boxes": "NPB", "scores": "NPC"}
@@ -35,7 +36,7 @@ def sigmoid(x):
 # --- decoding
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=effort(40), deadline=None)
 @given(
     height=st.integers(8, 70),
     width=st.integers(8, 70),
@@ -186,7 +187,7 @@ def crowd(rng, rows, count, kinds):
     return boxes, (rng.integers(0, 11, (rows, count, kinds)) / 10).astype(np.float32)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=effort(150), deadline=None)
 @given(
     seed=st.integers(0, 2**20),
     rows=st.integers(0, 3),
@@ -275,7 +276,7 @@ def test_suppression_refuses_scores_of_other_boxes():
 # --- back to the caller's picture
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=effort(60), deadline=None)
 @given(
     st.integers(1, 300),
     st.integers(1, 300),

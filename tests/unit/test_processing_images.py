@@ -12,6 +12,7 @@ from outrider_runtimes.errors import FormatError, ShapeError
 from outrider_runtimes.processing import CenterCrop, Layout, Letterbox, MaskArgmax, Normalise, Resize
 from outrider_runtimes.processing.geometry import placed
 from outrider_runtimes.tensors import TensorSpec
+from support.effort import effort
 from support.steps import run, spec_of
 
 PILLOW = {
@@ -44,7 +45,7 @@ def in_two_passes(image, height, width, method):
 
 
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=effort(60), deadline=None)
 @given(SIZES, SIZES, SIZES, SIZES, st.integers(0, 99))
 def test_uint8_is_pillows_to_the_bit(method, high, wide, height, width, seed):
     image = noise(seed, (2, high, wide, 3))
@@ -65,7 +66,7 @@ def test_a_picture_is_within_one_level_of_pillows_single_call(method, size):
 
 
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=effort(40), deadline=None)
 @given(SIZES, SIZES, SIZES, SIZES)
 def test_float32_is_pillows(method, high, wide, height, width):
     image = noise(high * 71 + wide, (1, high, wide), "float32")
@@ -75,7 +76,7 @@ def test_float32_is_pillows(method, high, wide, height, width):
     np.testing.assert_allclose(made, wanted, atol=1e-3)  # of 255
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=effort(60), deadline=None)
 @given(SIZES, SIZES, SIZES, SIZES)
 def test_nearest_is_pillows_where_no_pixel_is_nearer(high, wide, height, width):
     image = noise(height, (1, high, wide, 3))
@@ -88,7 +89,7 @@ def test_nearest_is_pillows_where_no_pixel_is_nearer(high, wide, height, width):
 
 
 @given(st.permutations("HWC"), st.sampled_from(["uint8", "float32"]), st.integers(0, 3))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=effort(30), deadline=None)
 def test_any_layout_and_any_number_of_rows(letters, dtype, rows):
     axes = "N" + "".join(letters)
     image = noise(7, (rows, 12, 9, 3), dtype)
@@ -118,7 +119,7 @@ def test_a_picture_of_its_own_size_is_passed_on():
 # --- letterbox
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=effort(80), deadline=None)
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 200), st.integers(1, 200))
 def test_a_letterbox_is_the_largest_that_fits_in_the_middle(high, wide, height, width):
     place = placed((high, wide), (height, width), "letterbox")
@@ -164,7 +165,7 @@ def test_a_filter_that_overshoots_leaves_no_range():
 # --- crop
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=effort(40), deadline=None)
 @given(st.data())
 def test_a_crop_is_the_middle(data):
     high, wide = data.draw(SIZES), data.draw(SIZES)

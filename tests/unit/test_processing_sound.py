@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from outrider_runtimes.errors import FormatError, ShapeError
 from outrider_runtimes.processing import MFCC, LogMel
+from support.effort import effort
 from support.steps import RATE, run, sound, spec_of
 
 
@@ -56,7 +57,7 @@ def to_hertz(mel, scale):
     return mel * 200 / 3 if mel < 15 else 1000 * 6.4 ** ((mel - 15) / 27)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=effort(30), deadline=None)
 @given(
     n_fft=st.sampled_from([64, 100, 256]),
     hop=st.integers(10, 300),
@@ -160,7 +161,7 @@ def test_log_mel_refuses_what_has_no_meaning(keys, match):
         LogMel(**{"tensor": "sound", "sample_rate": RATE, **keys})
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=effort(30), deadline=None)
 @given(
     bands=st.integers(1, 60), windows=st.integers(1, 9), data=st.data(), axes=st.sampled_from(["NFT", "NTF", "NCFT"])
 )

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from outrider_runtimes.errors import FormatError, InputError
 from outrider_runtimes.processing import TokenLookup, encode_text
+from support.effort import effort
 from support.steps import run, spec_of
 
 WORDS = ("the", "cat", "sat", "its", "größe", "it's")
@@ -51,7 +52,7 @@ def plain(text, length, *, lowercase, strip):
     return numbers + [0] * (length - len(numbers))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=effort(80), deadline=None)
 @given(
     st.lists(st.one_of(TEXTS, st.lists(st.sampled_from([*WORDS, "The", "dog."])).map(" ".join)), max_size=4),
     st.booleans(),

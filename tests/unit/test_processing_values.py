@@ -24,6 +24,7 @@ from outrider_runtimes.processing import (
     TopK,
 )
 from outrider_runtimes.tensors import DTYPES, TensorSpec
+from support.effort import effort
 from support.steps import run, spec_of
 
 NUMBERS = sorted(DTYPES - {"bool"})
@@ -91,7 +92,7 @@ def test_bool_becomes_one_and_zero_and_is_no_target():
 # --- quantize
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=effort(60), deadline=None)
 @given(REALS, st.sampled_from(["int8", "uint8", "int16", "uint16", "int32"]), st.floats(1e-3, 2.0), st.integers(0, 100))
 def test_quantize_and_back_is_within_half_a_step(x, dtype, scale, zero_point):
     forth = Quantize(tensor="x", scale=scale, zero_point=zero_point, dtype=dtype)
@@ -151,7 +152,7 @@ def test_rename_keeps_the_place():
 # --- scores
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=effort(50), deadline=None)
 @given(REALS, st.data())
 def test_softmax_is_its_formula_on_any_axis_but_the_batch(x, data):
     axis = data.draw(st.integers(1, x.ndim - 1)) - data.draw(st.sampled_from([0, x.ndim]))
@@ -172,7 +173,7 @@ def test_softmax_and_sigmoid_keep_the_dtype_and_do_not_overflow(dtype):
     np.testing.assert_array_equal(each, [[1, 0.5, 0]])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=effort(40), deadline=None)
 @given(REALS)
 def test_sigmoid_is_its_formula(x):
     made = run(Sigmoid(tensor="x"), {"x": x}, {"x": letters(x)})["x"]
@@ -184,7 +185,7 @@ LEVEL = hnp.arrays(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=effort(60), deadline=None)
 @given(LEVEL, st.data())
 def test_top_k_is_a_sort_where_the_lower_class_wins(x, data):
     k = data.draw(st.integers(1, x.shape[1]))
@@ -219,7 +220,7 @@ def test_an_axis_that_is_not_there_is_refused(kind):
         kind(tensor="x", axis=2).specs({"x": spec_of("x", np.zeros((3, 4), np.float32), "NC")}, {})
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=effort(40), deadline=None)
 @given(REALS, st.data())
 def test_argmax_is_numpys_and_loses_its_axis(x, data):
     axis = data.draw(st.integers(1, x.ndim - 1))
@@ -239,7 +240,7 @@ def test_a_mask_in_the_networks_size(axes):
     np.testing.assert_array_equal(made, scores.argmax(1))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=effort(40), deadline=None)
 @given(st.integers(1, 60), st.integers(1, 60), st.sampled_from(["NHWC", "NCHW"]))
 def test_a_mask_in_the_callers_size_is_its_nearest_pixels(height, width, image_axes):
     scores = np.random.default_rng(1).standard_normal((1, 3, 8, 12)).astype(np.float32)

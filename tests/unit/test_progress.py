@@ -8,22 +8,15 @@ from hypothesis import strategies as st
 
 from outrider_exporters.passes import Progress
 from outrider_exporters.progress import SOONEST_S, duration_text, with_time_left
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+from support.clocks import ManualClock
 
 
 def told(events):
     """What is shown of (seconds since the event before, step, done, total)."""
-    clock, shown = Clock(), []
+    clock, shown = ManualClock(), []
     show = with_time_left(shown.append, clock=clock)
     for wait, step, done, total in events:
-        clock.now += wait
+        clock.now_s += wait
         show(Progress(step=step, done=done, total=total))
     return [progress.left_s for progress in shown]
 
@@ -74,7 +67,7 @@ def test_nothing_is_said_too_soon_or_of_a_single_unit():
 
 
 def test_what_the_step_says_itself_stays():
-    clock, shown = Clock(), []
+    clock, shown = ManualClock(), []
     with_time_left(shown.append, clock=clock)(Progress(step="fit", done=0, total=2, left_s=7.0))
     assert shown[0].left_s == 7.0
 

@@ -93,7 +93,7 @@ def test_network_passes_keep_their_order_and_later_quantization_rules_win():
     assert Recipe().passes == ()
 
 
-def test_a_whole_file(tmp_path):
+def test_a_whole_file_is_read_and_comes_back(tmp_path):
     file = RecipeFile.from_toml(write(tmp_path, FULL))
     assert file.source == "network:build"
     assert (file.name, file.version, file.seed) == ("digits", 3, 7)
@@ -117,6 +117,7 @@ def test_an_empty_file_is_an_export_as_it_is(tmp_path):
     [
         ("modle = 1", "modle: unknown key", "did you mean 'model'?"),
         ("offload = 1", "offload: expected a table", "[offload]"),
+        ("cloud_only = 1", "cloud_only: expected true or false", ""),
         ("[offload]\nalfa = 0.1", "offload.alfa: unknown key", "did you mean 'alpha'?"),
         ("[offload]\nalpha = 'x'", "offload.alpha: expected a number", ""),
         ("[offload]\nalpha = 2.0", "offload: alpha is 2.0, expected a number above 0 and below 1", ""),
@@ -206,7 +207,7 @@ def test_the_gates_of_a_file_are_the_python_ones(tmp_path):
     assert gate == MinMetric("f1", at_least=1.0)
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_a_pipe_is_no_recipe_and_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "recipe.toml")
     with pytest.raises(ConfigError, match="not a regular file"):

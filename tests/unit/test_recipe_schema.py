@@ -27,6 +27,7 @@ from outrider_exporters import (
 from outrider_exporters.recipe import RecipeFile, to_toml
 from outrider_exporters.recipe.schema import recipe_schema, schema_text
 from outrider_runtimes.errors import ConfigError
+from support.effort import effort
 
 DOCS = Path(__file__).parents[2] / "docs"
 SCHEMA = recipe_schema()
@@ -55,6 +56,7 @@ files = st.builds(
     recipe=st.builds(lambda p, q: Recipe([*p, *q]), st.lists(passes, max_size=2), st.lists(rules, max_size=2)),
     gates=st.lists(gates, max_size=3).map(tuple),
     offload=st.none() | st.builds(Offload, alpha=st.floats(0.001, 0.9), score=st.sampled_from(["margin", "energy"])),
+    cloud_only=st.booleans(),
 )
 
 
@@ -75,13 +77,13 @@ def test_the_example_recipe_fits_the_schema():
     validator().validate(data)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=effort(50), deadline=None)
 @given(files)
 def test_every_recipe_file_fits_the_schema(file):
     validator().validate(json.loads(json.dumps(file.to_dict())))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=effort(50), deadline=None)
 @given(files)
 def test_what_is_written_as_toml_is_read_back(file):
     assert RecipeFile.from_dict(tomllib.loads(to_toml(file.to_dict()))) == file
@@ -105,6 +107,7 @@ def test_what_is_written_as_toml_is_read_back(file):
         {"gates": [{"type": "max_drop", "metric": {"nam": "x"}, "points": 1.0}]},
         {"gates": [{"type": "max_size", "bytes": "many"}]},
         {"offload": {"alfa": 0.1}},
+        {"cloud_only": 1},
         {"offload": {"alpha": "little"}},
     ],
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import re
 import uuid
 from itertools import pairwise
 
@@ -19,6 +21,7 @@ from outrider.telemetry.record import (
     MAX_SEQ,
     Range,
     Receipt,
+    Record,
     Row,
     check_device,
     decode_batch,
@@ -81,8 +84,17 @@ def test_a_record_has_a_uuid_that_its_stream_and_number_determine() -> None:
     assert a_record(7).uuid != a_record(8).uuid
 
 
+def test_an_unsynced_clock_is_said_where_it_is_so_and_nowhere_else() -> None:
+    unsynced = dataclasses.replace(a_record(), clock_unsynced=True)
+    assert json.loads(encode_record(unsynced))["clock_unsynced"] is True
+    assert decode_record(encode_record(unsynced), stream=STREAM) == unsynced
+    assert "clock_unsynced" not in json.loads(encode_record(a_record()))
+    with pytest.raises(TelemetryError, match="clock_unsynced"):
+        decode_record(dump(json.loads(encode_record(a_record())) | {"clock_unsynced": 1}), stream=STREAM)
+
+
 def test_keys_that_a_reader_does_not_know_are_ignored() -> None:
-    later = json.loads(encode_record(a_record())) | {"clock_unsynced": True}
+    later = json.loads(encode_record(a_record())) | {"x-later": True}
     assert decode_record(dump(later), stream=STREAM) == a_record()
     assert len(decode_batch(dump(a_batch(compression="none"))).records) == 2
 
@@ -267,3 +279,82 @@ def test_a_record_that_a_message_could_not_carry_is_refused_where_it_is_made() -
         row(MAX_RECORD_DEPTH + 1)
     with pytest.raises(TelemetryError, match="Unicode"):
         encode_row(kind="event", boot_id=BOOT, wall_s=0.0, monotonic_s=0.0, body={"file": "caf\udce9"})
+
+
+def read_plainly(item: object) -> Record | None:
+    """A record as the specification says it, rule by rule and without a short cut; None where it is refused."""
+
+    def number(value: object) -> bool:
+        return type(value) in (int, float) and abs(value) <= 1e15  # type: ignore[arg-type]
+
+    if not isinstance(item, dict):
+        return None
+    uuid_like = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+    right = {
+        "kind": lambda value: isinstance(value, str) and re.fullmatch("[a-z][a-z0-9_]{0,31}", value) is not None,
+        "body": lambda value: isinstance(value, dict),
+        "seq": lambda value: type(value) is int and 1 <= value <= MAX_SEQ,
+        "boot_id": lambda value: isinstance(value, str) and uuid_like.fullmatch(value) is not None,
+        "wall_s": number,
+        "monotonic_s": number,
+    }
+    unsynced = item.get("clock_unsynced", False)
+    if type(unsynced) is not bool or not all(is_right(item.get(key)) for key, is_right in right.items()):
+        return None
+    return Record(stream=STREAM, clock_unsynced=unsynced, **{key: item[key] for key in right})
+
+
+odd = json_values | st.sampled_from(
+    [True, 0, 1, 2, -1, MAX_SEQ, MAX_SEQ + 1, 10**400, 1e15, 1.1e15, -1e16, BOOT, "x", {}]
+)
+items = st.lists(
+    st.builds(
+        lambda changes, dropped: {
+            key: value
+            for key, value in {**json.loads(encode_record(a_record(1))), **changes}.items()
+            if key not in dropped
+        },
+        st.dictionaries(
+            st.sampled_from(["seq", "kind", "boot_id", "wall_s", "clock_unsynced", "body"]), odd, max_size=2
+        )
+        | st.builds(lambda seq: {"seq": seq}, st.integers(1, 9)),
+        st.sets(st.sampled_from(["seq", "kind", "body", "monotonic_s"]), max_size=1) | st.just(set()),
+    )
+    | odd,
+    max_size=6,
+)
+
+
+@given(items=items)
+def test_a_batch_is_refused_and_taken_record_by_record_exactly_as_the_rules_say(items: list[object]) -> None:
+    expected: list[Record] = []
+    for item in items:
+        record = read_plainly(item)
+        if record is not None and (not expected or record.seq > expected[-1].seq):
+            expected.append(record)
+    batch = decode_batch(json.dumps(a_batch(records=items)).encode())
+    assert list(batch.records) == expected
+    assert batch.malformed == len(items) - len(expected)
+    assert all(type(record.wall_s) is float and type(record.monotonic_s) is float for record in batch.records)
+
+
+@pytest.mark.parametrize(
+    "fields", [{1: "a", "1": "b"}, {"deep": [{True: 1, "true": 2}]}, {"deep": ({None: 1, "null": 2},)}]
+)
+def test_keys_that_are_one_in_json_are_refused_where_they_are_made(fields: dict[object, object]) -> None:
+    """No reader would take a message with such a record in it, nor what else is in that message."""
+    with pytest.raises(TelemetryError, match="stands twice") as raised:
+        encode_row(kind="event", boot_id=BOOT, wall_s=0.0, monotonic_s=0.0, body={"name": "x", "fields": fields})
+    assert "strings as keys" in raised.value.hint
+
+
+def test_a_key_that_is_a_number_is_written_as_its_text() -> None:
+    body = {"name": "x", "fields": {1: "a", 2.5: "b"}}
+    row = encode_row(kind="event", boot_id=BOOT, wall_s=0.0, monotonic_s=0.0, body=body)
+    assert decode_record(b'{"seq":1,' + row[1:], stream=STREAM).body["fields"] == {"1": "a", "2.5": "b"}
+
+
+@pytest.mark.parametrize("name", [5, None, ["x"]])
+def test_an_event_has_a_name(name: object) -> None:
+    with pytest.raises(TelemetryError, match="expected a string"):
+        encode_row(kind="event", boot_id=BOOT, wall_s=0.0, monotonic_s=0.0, body={"name": name, "fields": {}})

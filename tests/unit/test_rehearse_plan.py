@@ -105,7 +105,7 @@ def test_another_pin_or_recipe_is_another_folder():
     assert all(name.startswith(("arm64-", "armhf-")) for name in names)
 
 
-def test_a_boards_cpuinfo():
+def test_a_boards_cpuinfo_has_its_cores_and_no_feature_that_it_lacks():
     lines = cpuinfo(target_named("pi4")).splitlines()
     assert lines.count("CPU part\t: 0xd08") == lines.count("CPU implementer\t: 0x41") == 4
     assert [line for line in lines if line.startswith("processor")] == [f"processor\t: {n}" for n in range(4)]

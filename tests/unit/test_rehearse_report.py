@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from outrider.supervise import Ended, Limits
+from outrider.admit.supervise import Ended, Limits
 from outrider_exporters.rehearse.report import (
     FATAL,
     Pair,

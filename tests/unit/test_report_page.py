@@ -165,6 +165,7 @@ def test_the_recipe_on_the_page_is_the_recipe(written):
     assert RecipeFile.from_dict(tomllib.loads(toml)) == FILE
 
 
+@pytest.mark.slow  # draws every picture a second time
 def test_the_same_report_gives_the_same_page(written, tmp_path):
     again = write_report(tmp_path / "again.html", REPORT)
     assert again.read_bytes() == written[0].read_bytes()

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from scipy.special import logsumexp, softmax
-from scipy.stats import entropy
+from scipy.special import entr, logsumexp, softmax
 
 from outrider_runtimes.errors import FormatError
 from outrider_runtimes.scores import Score
@@ -25,12 +24,12 @@ def interface(dtype="float32", shape=(None, 3), axes="NC"):
 
 
 @given(LOGITS)
-def test_the_formulas(logits):
+def test_the_scores_are_their_formulas(logits):
     odds = softmax(logits.astype(np.float64), axis=1)
     best = np.sort(odds, axis=1)
     wanted = {
         "margin": best[:, -1] - best[:, -2],
-        "entropy": 1.0 - entropy(odds, axis=1) / math.log(logits.shape[1]),
+        "entropy": 1.0 - entr(odds).sum(axis=1) / math.log(logits.shape[1]),
         "energy": logsumexp(logits.astype(np.float64), axis=1),
     }
     for kind, rows in wanted.items():
@@ -66,6 +65,13 @@ def test_an_empty_detection_is_the_least_sure_there_is():
     assert list(score.rows({"y": np.zeros((2, 0))})) == [0.0, 0.0]
 
 
+def test_an_empty_detection_is_uncertain_under_every_threshold_that_may_be():
+    score = Score(kind="detection", output="y", values="probabilities")
+    assert score.least({"y": np.zeros((1, 5))}) < score.least_threshold
+    assert score.least({"y": np.full((1, 5), 1e-6)}) > score.least_threshold
+    assert Score(output="y").least_threshold == -math.inf
+
+
 @pytest.mark.parametrize("kind", ["margin", "entropy", "energy", "detection"])
 def test_a_nan_is_never_sure(kind):
     score = Score(kind=kind, output="y")
@@ -81,7 +87,7 @@ def test_no_rows_leave_nothing_to_doubt():
 
 
 @pytest.mark.parametrize("score", [Score(output="y"), Score(kind="entropy", output="p", values="probabilities")])
-def test_json_and_back(score):
+def test_a_score_comes_back_from_json(score):
     assert Score.from_dict(score.to_dict()) == score
 
 
@@ -99,7 +105,7 @@ def test_a_score_that_there_is_not(changes, message):
 
 
 @pytest.mark.parametrize("data", [{}, {"kind": 1, "output": "y", "values": "logits"}, [], None, "margin"])
-def test_malformed_json(data):
+def test_a_malformed_score_is_a_format_error(data):
     with pytest.raises(FormatError, match="score"):
         Score.from_dict(data)
 

@@ -256,7 +256,7 @@ def test_threads_that_install_at_once_all_succeed(store, tmp_path):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(250)
     assert errors == []
     for name in store.names():
         found = store.installed(name)

@@ -56,7 +56,7 @@ def test_killed_before_every_event_of_an_install(tmp_path):
         store = Store(find_state_dir(tmp_path / f"state{step}", {}))
         install(store, one)
         process = run(store.root, step, two)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=250)
         version = check_whole(store)
         seen.append(version)
         if output == "done\n":
@@ -85,7 +85,7 @@ def test_killed_at_random_moments(tmp_path):
         process.stdout.readline()
         time.sleep(rng.uniform(0.0, 0.1))
         process.kill()
-        process.communicate(timeout=60)
+        process.communicate(timeout=250)
         after = check_whole(store)
         assert after >= current
         check_clean(store)

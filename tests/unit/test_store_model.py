@@ -16,6 +16,7 @@ from outrider.bundle import Trust, verify_bundle
 from outrider.store import Staged, Store, find_state_dir
 from outrider_runtimes.errors import NotInstalled, StoreError
 from support.bundles import make_bundle
+from support.effort import effort
 
 NAMES, VERSIONS, SEEDS = ("a", "b"), (1, 2, 3), (1, 2)
 
@@ -155,4 +156,4 @@ def _files():
 
 
 TestStoreModel = StoreMachine.TestCase
-TestStoreModel.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+TestStoreModel.settings = settings(max_examples=effort(25), stateful_step_count=20, deadline=None)

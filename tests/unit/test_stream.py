@@ -7,6 +7,7 @@ import pytest
 
 from outrider.hybrid import Hybrid
 from outrider.policy import Policy
+from outrider.prediction import Failure
 from outrider.stream import Stream
 from outrider_runtimes.errors import (
     ConfigError,
@@ -20,6 +21,7 @@ from outrider_runtimes.errors import (
 )
 from support.hybrids import onnx_model
 from support.memory import LENGTHS, memory_model, step
+from support.told_failures import Told
 
 KINDS = ("onnx", "tflite")
 
@@ -90,7 +92,7 @@ def test_reset_begins_anew_and_allows_another_n(models):
     np.testing.assert_allclose(stream.infer(xs[0]).outputs["y"], by_hand(xs)[0][0], atol=1e-5)
 
 
-def test_a_given_beginning(models):
+def test_a_stream_begins_and_begins_anew_with_what_was_given(models):
     begun = np.float32([[2.0]])
     stream, xs = models["onnx"].stream(initial={"h": begun}), frames()
     begun[:] = 9.0  # it is the caller's to change
@@ -133,6 +135,30 @@ def test_a_failed_call_leaves_the_state_as_it_was(models, error, inputs):
             stream.infer(inputs)
         assert all(np.array_equal(stream.state[name], held[name]) for name in held)
         np.testing.assert_allclose(stream.infer(x).outputs["y"], y, atol=1e-5)
+
+
+@pytest.mark.parametrize("over", ["model", "hybrid"])
+@pytest.mark.parametrize(
+    ("error", "inputs"),
+    [
+        (ShapeError, np.zeros((2, 3), np.float32)),  # another N than the state's
+        (UnknownTensor, {"x": np.zeros((1, 3), np.float32), "h": np.zeros((1, 1), np.float32)}),
+        (NotFiniteError, np.full((1, 3), np.nan, np.float32)),  # what the model itself refuses
+        (UnknownTensor, {}),
+    ],
+)
+def test_a_refused_call_is_told_once_whoever_refuses_it(models, tmp_path, over, error, inputs):
+    with Hybrid(models["onnx"], models["onnx"], Policy(None), root=tmp_path) as hybrid:
+        source = {"model": models["onnx"], "hybrid": hybrid}[over]
+        stream, told = source.stream(), Told(source)
+        stream.infer(frames()[0])
+        with pytest.raises(error) as raised:
+            stream.infer(inputs)
+        told.end()
+        with pytest.raises(error):
+            stream.infer(inputs)
+        assert told.failures == [Failure(raised.value, refused=True)]
+        assert len(told.predictions) == 1
 
 
 def test_a_late_call_leaves_the_state_as_it_was(models):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outrider_runtimes.errors import FormatError
-from outrider_runtimes.strictjson import deeper_than, finite_float, has_lone_surrogate, integer_64, parse
+from outrider_runtimes.strictjson import (
+    _NOT_NESTING,
+    _outside_strings,
+    deeper_than,
+    finite_float,
+    has_lone_surrogate,
+    integer_64,
+    parse,
+)
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
@@ -45,6 +54,43 @@ def test_the_depth_is_that_of_the_value_whatever_its_strings_hold(value: object)
     found = nesting(value) + 2
     assert deeper_than(raw, found - 1)
     assert not deeper_than(raw, found)
+
+
+def outside_byte_by_byte(raw: bytes) -> bytes:
+    """What stands outside strings, as the grammar says it."""
+    out, inside, escaped = bytearray(), False, False
+    for value in raw:
+        if inside:
+            inside, escaped = escaped or value != ord('"'), not escaped and value == ord("\\")
+        elif value == ord('"'):
+            inside = True
+        else:
+            out.append(value)
+    return bytes(out)
+
+
+@given(
+    value=st.recursive(
+        st.text('[]{}",:\\ x', max_size=6), lambda inner: st.lists(inner) | st.dictionaries(st.text('"[\\'), inner)
+    ),
+    ascii_only=st.booleans(),
+)
+def test_the_marks_outside_strings_are_those_that_are_found_byte_by_byte(value: object, ascii_only: bool) -> None:
+    raw = encode(value, ascii_only=ascii_only)
+    found = bytes(_outside_strings(raw, _NOT_NESTING)).replace(b'"', b"")
+    assert found == outside_byte_by_byte(raw).translate(None, _NOT_NESTING)
+
+
+@given(
+    digits=st.from_regex(r"-?(0|[1-9][0-9]{0,320})(\.[0-9]{1,40})?([eE][+-]?[0-9]{1,4})?", fullmatch=True)
+    | st.sampled_from(["1e308", "1.8e308", "-1e309", "1." + "0" * 1022, "1." + "0" * 1023, "0e9999"])
+)
+def test_a_float_is_refused_exactly_where_it_overflows_or_is_endless(digits: str) -> None:
+    if len(digits) <= 1024 and math.isfinite(float(digits)):
+        assert finite_float(digits) == float(digits)
+    else:
+        with pytest.raises(ValueError, match="beyond a 64-bit float"):
+            finite_float(digits)
 
 
 @given(raw=st.binary(max_size=60) | st.text('{}[]",:\\u1d8c0 ', max_size=60).map(str.encode))
@@ -108,3 +154,35 @@ def test_floats_that_overflow_are_refused_on_demand(digits: str) -> None:
     with pytest.raises(FormatError, match="beyond a 64-bit float"):
         read(f'{{"a": {digits}}}'.encode(), parse_float=finite_float)
     assert read(b'{"a": 1e308}', parse_float=finite_float) == {"a": 1e308}
+
+
+LONG = b'"' + b"3b1c5e0d9f6a47b2803c6f5d2e100e9999a5b4c3" * 200 + b'"'
+
+
+@pytest.mark.parametrize(
+    "digits",
+    [
+        "1e309",
+        "-2E+308",
+        "1e0400",
+        "9" * 309 + ".0",
+        "1" * 250 + "e100",
+        "0." + "0" * 1500 + "1",
+        "1e-" + "0" * 1100 + "1",
+    ],
+)
+def test_a_float_that_overflows_is_found_in_a_long_text_too(digits: str) -> None:
+    for text in (b'{"a": %b, "b": [1.5, %b]}', b'{"a": %b, "b":\t%b\n}', b'{"a": %b, "b": [%b,1]}'):
+        with pytest.raises(FormatError, match="beyond a 64-bit float"):
+            read(text % (LONG, digits.encode()), parse_float=finite_float, max_bytes=10**6)
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=30), st.text())
+def test_a_long_text_is_read_as_a_short_one(numbers: list[float], text: str) -> None:
+    raw = json.dumps({"a": LONG.decode(), "b": numbers, "c": text}).encode()
+    assert read(raw, parse_float=finite_float, max_bytes=10**6) == json.loads(raw)
+
+
+def test_many_words_that_look_like_exponents_cost_no_number() -> None:
+    raw = b'{"a": ["%b", 1.5]}' % (b"1e111}" * 5000)
+    assert read(raw, parse_float=finite_float, max_bytes=10**6)["a"][1] == 1.5

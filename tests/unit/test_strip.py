@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from outrider_exporters.convert.strip import ALIGNMENT, strip_onnx, strip_tflite
 from support.models import onnx_model
+from support.tflitefiles import packed_tflite, parsed_tflite
 from support.tinymodels import classifier_onnx, classifier_tflite, images, weights
 
 
@@ -29,18 +30,6 @@ def run_tflite(content, x):
     interpreter.set_tensor(given["index"], x)
     interpreter.invoke()
     return given["name"], wanted["name"], interpreter.get_tensor(wanted["index"])
-
-
-def model_of(content):
-    return schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
-
-
-def packed(model):
-    import flatbuffers
-
-    builder = flatbuffers.Builder(1024)
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
 
 
 def noted_onnx():
@@ -102,28 +91,28 @@ def test_a_new_name_is_none_that_the_file_is_known_by():
 
 
 def test_a_tflite_file_without_a_signature_keeps_the_names_of_its_edges():
-    model = model_of(classifier_tflite(weights()))
+    model = parsed_tflite(classifier_tflite(weights()))
     for tensor in model.subgraphs[0].tensors:
         if tensor.name not in (b"x", b"y"):
             tensor.name = b"litert_torch.convert.Wrapper/some.module.path/" + tensor.name
-    content = packed(model)
+    content = packed_tflite(model)
     small = strip_tflite(content)
     x = images(1).transpose(0, 2, 3, 1)
     assert run_tflite(small, x)[:2] == ("x", "y")
     assert run_tflite(small, x)[2].tobytes() == run_tflite(content, x)[2].tobytes()
     assert b"module" not in small and b"tiny" not in small
     assert len(small) < len(content)
-    assert [tensor.name for tensor in model_of(small).subgraphs[0].tensors if tensor.name] == [b"x", b"y"]
+    assert [tensor.name for tensor in parsed_tflite(small).subgraphs[0].tensors if tensor.name] == [b"x", b"y"]
 
 
 def test_weights_are_stored_once_and_aligned():
-    model = model_of(classifier_tflite(weights()))
+    model = parsed_tflite(classifier_tflite(weights()))
     again = schema.BufferT()
     again.data = model.buffers[1].data
     model.buffers += [again, schema.BufferT()]
     model.subgraphs[0].tensors[1].buffer = len(model.buffers) - 2
     model.subgraphs[0].tensors[3].buffer = len(model.buffers) - 1
-    content = packed(model)
+    content = packed_tflite(model)
     small = strip_tflite(content)
     read = schema.Model.GetRootAs(small, 0)
     assert read.BuffersLength() == 5  # the empty one, and four weights
@@ -137,7 +126,7 @@ def test_weights_are_stored_once_and_aligned():
 
 
 def test_an_entry_that_changes_how_delegates_compute_stays():
-    model = model_of(classifier_tflite(weights()))
+    model = parsed_tflite(classifier_tflite(weights()))
     model.metadata = []
     for name in (b"min_runtime_version", b"reduced_precision_support"):
         entry, buffer = schema.MetadataT(), schema.BufferT()
@@ -145,6 +134,6 @@ def test_an_entry_that_changes_how_delegates_compute_stays():
         entry.name, entry.buffer = name, len(model.buffers)
         model.buffers.append(buffer)
         model.metadata.append(entry)
-    read = model_of(strip_tflite(packed(model)))
+    read = parsed_tflite(strip_tflite(packed_tflite(model)))
     assert [item.name for item in read.metadata] == [b"reduced_precision_support"]
     assert read.buffers[read.metadata[0].buffer].data.tobytes() == b"reduced_precision_support"

@@ -30,6 +30,7 @@ from outrider_runtimes.tensors import (
     check_inputs,
     compile_check,
 )
+from support.effort import effort
 
 IMAGE = TensorSpec(name="image", dtype="float32", shape=(None, 2, 3), axes="NHW")
 IDS = TensorSpec(name="ids", dtype="int64", shape=(None, 4), axes="NT")
@@ -97,7 +98,7 @@ def test_large_finite_values_are_finite():
         check_inputs(INTERFACE, inputs)
 
 
-@settings(max_examples=200)
+@settings(max_examples=effort(200))
 @given(st.data())
 def test_one_bad_value_anywhere_is_found(data):
     dtype = data.draw(st.sampled_from(["float16", "float32", "float64"]))
@@ -109,7 +110,7 @@ def test_one_bad_value_anywhere_is_found(data):
         check_inputs(interface, {"x": array})
 
 
-@settings(max_examples=200)
+@settings(max_examples=effort(200))
 @given(st.data())
 def test_memory_and_byte_order_are_converted_without_loss(data):
     dtype = data.draw(st.sampled_from(sorted(DTYPES - {"bool"})))
@@ -225,7 +226,7 @@ def _cast(array, dtype):
         return array.astype(dtype)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=effort(300), deadline=None)
 @given(st.data())
 def test_the_compiled_check_is_the_check(data):
     """One check, several calls: what an earlier call left behind changes nothing."""
@@ -292,7 +293,7 @@ def test_the_digest_is_of_what_is_said_not_how():
         {"range": (1.0, 0.0)},
     ],
 )
-def test_impossible_specs(options):
+def test_an_impossible_spec_is_a_format_error(options):
     with pytest.raises(FormatError):
         TensorSpec(**{"name": "t", "dtype": "int64", "shape": (None, 4), "axes": "NT", **options})
 
@@ -314,7 +315,7 @@ def binding(**options):
         {"scale": float("inf")},
     ],
 )
-def test_impossible_bindings(options):
+def test_an_impossible_binding_is_a_format_error(options):
     with pytest.raises(FormatError):
         binding(**options)
 
@@ -325,6 +326,16 @@ def test_impossible_bindings(options):
 def test_a_binding_round_trips(options):
     one = binding(**options)
     assert TensorBinding.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"permutation": [0, 2.5, 1]}, {"permutation": ["0", "2", "1"]}, {"permutation": [False, 2, True]}]
+    + [{"zero_point": value} for value in (0.5, "3", True, None)],
+)
+def test_a_binding_is_made_of_whole_numbers(change):
+    with pytest.raises(FormatError, match="binding"):
+        TensorBinding.from_dict({**binding(scale=0.5).to_dict(), **change})
 
 
 def test_a_binding_must_fit_its_interface():
@@ -350,7 +361,7 @@ json_values = st.recursive(
 TENSOR_KEYS = ["name", "dtype", "shape", "axes", "range", "meaning", "file_name", "permutation", "scale", "zero_point"]
 
 
-@settings(max_examples=400)
+@settings(max_examples=effort(400))
 @given(st.data())
 def test_any_json_is_taken_or_a_format_error(data):
     tensor = st.fixed_dictionaries({}, optional=dict.fromkeys(TENSOR_KEYS, json_values)) | json_values

@@ -8,24 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider_exporters.choose import Candidate
 from outrider_exporters.worth import Worth, no_better_than_float, worth_of
+from support.candidates import candidate
 
 
-def file(name, ms, size, *, noise=0.0, missed=""):
-    kind, _, scheme = name.partition("-")
-    return Candidate(
-        name=name,
-        format=kind,
-        precision="float32" if scheme == "float32" else "int8",
-        scheme=scheme,
-        accuracy=0.9,
-        size_bytes=size,
-        latency_ms=ms,
-        parity=0.0,
-        missed=missed,
-        latency_noise=noise,
-    )
+def file(name, ms, size, **more):
+    return candidate(name, ms=ms, size=size, accuracy=0.9, **more)
 
 
 FLOATS = [file("onnx-float32", 0.010, 400), file("tflite-float32", 0.004, 1200)]
