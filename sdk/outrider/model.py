@@ -334,6 +334,11 @@ class Model:
         return tuple(self._changes)
 
     @property
+    def expected_ms(self) -> float | None:
+        """What a call of what serves now takes at the median, by its install; None where that measured nothing."""
+        return self._expected_ms
+
+    @property
     def sick(self) -> bool:
         """Whether a call with a deadline is taken for stuck; see ``Worker.sick``."""
         worker = self._worker

@@ -16,7 +16,7 @@ from outrider.endpoint.app import build_app
 from outrider.endpoint.calls import access
 from outrider.endpoint.faces import LIMITS
 from outrider.endpoint.intake import Intake
-from outrider.endpoint.models import Models, Served
+from outrider.endpoint.models import QUICK_MS, Models, Served
 from outrider.endpoint.openapi import OPERATIONS, describe
 from outrider_runtimes import oip, runner
 from outrider_runtimes.errors import InferenceError, QueueFull, RunnerClosed, RunnerStuck
@@ -24,9 +24,14 @@ from outrider_runtimes.oip import Limits
 from support.asgi import ask, asked
 from support.endpoints import Named
 
-BODY = json.dumps(
-    {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1.0, 2.0, 3.0, 4.0]}]}
-).encode()
+
+def body_of(*data: float) -> bytes:
+    """A request for one row that begins with these."""
+    row = [*data, *[0.0] * (4 - len(data))]
+    return json.dumps({"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": row}]}).encode()
+
+
+BODY = body_of(1.0, 2.0, 3.0, 4.0)
 INFER = "/v2/models/digits/infer"
 
 
@@ -68,6 +73,30 @@ def test_a_version_that_was_rolled_back_by_this_very_request_is_not_answered_in_
         return (await named).status, (await asked(app, INFER, BODY)).status
 
     assert asyncio.run(both()) == (404, 200)
+
+
+def test_what_a_quick_model_is_asked_in_one_turn_is_answered_to_each(app, digits):
+    digits.expected_ms = QUICK_MS
+
+    async def together() -> list[list[float]]:
+        replies = await asyncio.gather(*(asked(app, INFER, body_of(float(number))) for number in range(20)))
+        return [reply.json()["outputs"][0]["data"] for reply in replies]
+
+    assert asyncio.run(together()) == [[float(number), 0.0, 0.0, 0.0] for number in range(20)]
+
+
+def test_what_is_cut_short_before_a_quick_model_was_asked_is_not_run(app, digits):
+    digits.expected_ms = QUICK_MS
+
+    async def cut() -> int:
+        reply = asyncio.ensure_future(asked(app, INFER, BODY))
+        await asyncio.sleep(0)
+        app.state.endpoint.inference.cut(RunnerClosed("stop"))
+        return (await reply).status
+
+    assert (asyncio.run(cut()), digits.submitted) == (503, 0)
+    digits.expected_ms = QUICK_MS * 2
+    assert (asyncio.run(cut()), digits.submitted) == (503, 1)
 
 
 def test_the_bundle_of_a_ladder_step_is_that_of_the_answer_not_of_the_moment(app, digits):

@@ -233,6 +233,11 @@ class Batcher:
         return self._runner.engine
 
     @property
+    def expected_ms(self) -> None:
+        """Not of one call: several are put together."""
+        return None
+
+    @property
     def sick(self) -> bool:
         """Whether a batch is taken for stuck in the engine."""
         return self._runner.sick

@@ -24,7 +24,7 @@ from outrider.endpoint.metrics import Metrics
 from outrider.endpoint.refusals import Refused
 from outrider_runtimes.deadline import Clock
 from outrider_runtimes.errors import DeadlineExceeded, RunnerClosed
-from outrider_runtimes.runner import Answer
+from outrider_runtimes.runner import Answer, first_ended
 
 KEY = "outrider.call"  # in the ASGI scope
 ID_HEADER = "X-Request-ID"
@@ -32,6 +32,9 @@ ID_HEADER = "X-Request-ID"
 # Between two answers of a model that is quick: others wait for less than its call takes.
 FAST_S = 0.0003
 LOOK_S = 0.001
+
+STAY_S = 0.001  # that the loop waits for a quick model, no longer: it may be stuck
+APART_S = 1.0  # after it waited in vain, until it waits again
 
 # One JSON object a line at INFO, for every request; nobody hears it unless this logger is given a level and a handler.
 access = logging.getLogger("outrider.endpoint.access")
@@ -57,6 +60,11 @@ class Call:
         self._waiting: asyncio.Future[None] | None = None
         self._cut: Exception | None = None
 
+    def check(self) -> None:
+        """Raises what it was cut with before there was anything to wait for."""
+        if self._cut is not None:
+            raise self._cut
+
     async def wait(self, future: Future[Answer], ended: asyncio.Future[None], timeout_s: float) -> Answer:
         """The runner's answer, unless time passes or ``cut`` is called first; then what has not begun is not run.
 
@@ -78,9 +86,10 @@ class Call:
         return future.result()
 
     def cut(self, why: Exception) -> None:
-        """End the wait for the answer, if there is one, with ``why``."""
-        if self._waiting is not None:
+        """End the wait for the answer with ``why``: the one there is, or the one that may follow."""
+        if self._cut is None:
             self._cut = why
+        if self._waiting is not None:
             self._waiting.cancel()
 
     def hang_up(self) -> None:
@@ -95,8 +104,9 @@ class Ended:
     """Tells one loop which futures of other threads have ended: one call into the loop for all that end together.
 
     To wake the loop for each answer of a quick model takes longer than the answer: the interpreter's lock and all that
-    the two threads share goes to and fro between two cores. While answers come fast and more are waited for, those
-    that are there are left for the last of them to tell, or for the loop, which looks of its own every millisecond.
+    the two threads share goes to and fro between two cores. So the loop does nothing else while such a model answers
+    what it was asked in one turn, a millisecond at most. Without that, while answers come fast and more are waited for,
+    those that are there are left for the last of them to tell, or for the loop, which looks of its own.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, *, clock: Clock = time.monotonic) -> None:
@@ -108,12 +118,23 @@ class Ended:
         self._looks = False
         self._fast = False
         self._last_s = -math.inf
+        self._newest: Future[Answer] | None = None  # for which the loop is about to wait
+        self._apart_until_s = -math.inf
 
-    def of(self, future: Future[Answer]) -> asyncio.Future[None]:
-        """Done in the loop as soon as ``future`` is, or a millisecond later, in whatever thread that ends."""
+    def of(self, future: Future[Answer], *, quick: bool = False) -> asyncio.Future[None]:
+        """Done in the loop as soon as ``future`` is, or a millisecond later, in whatever thread that ends.
+
+        Args:
+            future: a runner's; it runs requests in their order.
+            quick: whether it takes less than another thread's waking does.
+        """
         waiting: asyncio.Future[None] = self.loop.create_future()
         self._waited.add(waiting)
-        if self._fast and not self._looks:
+        if quick and self._clock() >= self._apart_until_s:
+            if self._newest is None:
+                self.loop.call_soon(self._stay)
+            self._newest = future
+        elif self._fast and not self._looks:
             self._look_soon()
         future.add_done_callback(lambda _: self._tell(waiting))
         return waiting
@@ -123,7 +144,9 @@ class Ended:
         self._fast, self._last_s = now_s - self._last_s < FAST_S, now_s
         self._waited.discard(waiting)
         self._ended.append(waiting)
-        if self._called or (self._fast and self._looks and self._waited):  # both are unset before the loop looks
+        if self._called or self._newest is not None:  # both are unset before the loop looks
+            return
+        if self._fast and self._looks and self._waited:  # so is this
             return
         self._called = True
         with suppress(RuntimeError):  # the loop was closed: nobody waits in it
@@ -135,6 +158,15 @@ class Ended:
             waiting = self._ended.popleft()
             if not waiting.done():
                 waiting.set_result(None)
+
+    def _stay(self) -> None:
+        """Wait for the last that was asked in this turn; all before it have ended by then."""
+        newest = self._newest
+        assert newest is not None
+        if not first_ended([newest], STAY_S):
+            self._apart_until_s = self._clock() + APART_S
+        self._newest = None
+        self._take()
 
     def _look_soon(self) -> None:
         self._looks = True

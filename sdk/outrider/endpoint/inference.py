@@ -152,10 +152,13 @@ class Inference:
         deadline = Deadline(call.begun_s + left_s)
         visit.check_time(deadline.remaining_s())
         with visit.queued():
-            future = served.runner.submit(asked.inputs, deadline)
             self._waiting.add(call)
             try:
-                answer = await call.wait(future, self._here().of(future), deadline.remaining_s())
+                if quick := served.quick:
+                    await asyncio.sleep(0)  # what came together is asked together
+                call.check()
+                future = served.runner.submit(asked.inputs, deadline)
+                answer = await call.wait(future, self._here().of(future, quick=quick), deadline.remaining_s())
             finally:
                 self._waiting.discard(call)
         call.version = version_after(served, version)

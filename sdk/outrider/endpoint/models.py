@@ -13,6 +13,10 @@ from outrider_runtimes.tensors import Interface
 if TYPE_CHECKING:
     from outrider.model import BundleInfo
 
+# A call of less than that gains nothing by a core of its own: its thread and the loop's would wait for the
+# interpreter's lock, and for each other's memory, longer than it takes.
+QUICK_MS = 0.15
+
 
 class BundleRunner(Runner, Protocol):
     """A Runner over a bundle, as ``outrider.Model`` is one. What it says here may change between two calls:
@@ -32,6 +36,11 @@ class BundleRunner(Runner, Protocol):
     @property
     def engine(self) -> str:
         """On which engine."""
+        ...
+
+    @property
+    def expected_ms(self) -> float | None:
+        """What a call of it takes, by its install; None where that is not known or calls are put together."""
         ...
 
     @property
@@ -71,6 +80,12 @@ class Served:
     def engine(self) -> str:
         """The engine that it runs on now."""
         return self.runner.engine
+
+    @property
+    def quick(self) -> bool:
+        """Whether to wait for its call costs less than to do something else meanwhile."""
+        expected_ms = self.runner.expected_ms
+        return expected_ms is not None and expected_ms <= QUICK_MS
 
     @property
     def ready(self) -> bool:
