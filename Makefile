@@ -20,7 +20,7 @@ demo: $(DEMO) ## the whole way on this machine: train, export, run, report, fall
 .PHONY: test
 test: $(DEV) ## every test
 	@.ci/debian
-	$(PY) -m pytest --numprocesses 2 --dist loadfile
+	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test-boards
 test-boards: $(DEV) ## bundles and the device part of the tests on emulated ARM boards

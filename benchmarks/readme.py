@@ -44,7 +44,7 @@ def figures(results: Path = RESULTS) -> str:
         "Every other figure, with its peer and its interval: [docs/figures.md](docs/figures.md).",
         *_missed_elsewhere(found),
     ]
-    shown_here = (SECTIONS[name][1](found[name]) for name in IN_README)
+    shown_here = (_section(name, found) for name in IN_README)
     return "\n\n".join([_machine(found["overhead"]["environment"]), *shown_here, "\n".join(lines)])
 
 
@@ -58,8 +58,8 @@ def page(results: Path = RESULTS) -> str:
         "figure allows, it is marked.",
         _machine(found["overhead"]["environment"]),
     ]
-    for name, (heading, section) in SECTIONS.items():
-        parts += [f"## {heading}", section(found[name]).replace("](docs/", "](")]
+    for name, (heading, _) in SECTIONS.items():
+        parts += [f"## {heading}", _section(name, found).replace("](docs/", "](")]
     return "\n\n".join(parts) + "\n"
 
 
@@ -78,6 +78,13 @@ def rewrite() -> None:
 
 def _results(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in SECTIONS}
+
+
+def _section(name: str, found: Mapping[str, Mapping[str, Any]]) -> str:
+    """One result; measured on another processor than the page's head says, it names its own."""
+    text, processor = SECTIONS[name][1](found[name]), found[name]["environment"]["processor"]
+    alike = processor == found["overhead"]["environment"]["processor"]
+    return text if alike else f"{text}\n\nThis was measured on {processor}."
 
 
 def _missed_elsewhere(found: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -169,3 +169,14 @@ def test_the_picture_is_drawn_and_small(tmp_path) -> None:
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG")
     assert 10_000 < len(content) < 300_000
+
+
+def test_a_result_of_another_processor_than_the_rest_names_its_own(tmp_path) -> None:
+    processors = {"overhead": "Rocket 3", "cascade": "Rocket 4"}
+    for name in readme.SECTIONS:
+        result = json.loads((readme.RESULTS / f"{name}.json").read_text())
+        result["environment"]["processor"] = processors.get(name, "Rocket 3")
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    for text in (readme.figures(tmp_path), readme.page(tmp_path)):
+        assert "Measured on Rocket 3, " in text
+        assert text.count("\n\nThis was measured on Rocket 4.\n") == text.count("This was measured") == 1
