@@ -249,8 +249,9 @@ class _Fan:
         try:
             while len(self._ledger.done) < len(self._sizes):
                 self._check_hope()
-                self._hand_out()
-                self._collect()
+                now_s = self._clock()  # once a turn: a rest that ends meanwhile would be neither over nor waited for
+                self._hand_out(now_s)
+                self._collect(now_s)
         finally:
             for future in self._flights:
                 future.cancel()
@@ -272,9 +273,9 @@ class _Fan:
             error = next(each.error for each in reversed(self._endpoints) if each.error is not None)
             raise RunnerError(f"every endpoint fails, {done}: {error}", hint=error.hint) from error
 
-    def _hand_out(self) -> None:
+    def _hand_out(self, now_s: float) -> None:
         for number, each in enumerate(self._endpoints):
-            while each.flying < FLYING and each.rests_until_s <= self._clock():
+            while each.flying < FLYING and each.rests_until_s <= now_s:
                 part = self._ledger.take(number)
                 if part is None:
                     break
@@ -294,12 +295,11 @@ class _Fan:
         each.flying += 1
         self._flights[future] = _Flight(part=part, endpoint=number, ends_s=ends_s)
 
-    def _collect(self) -> None:
+    def _collect(self, now_s: float) -> None:
         """Wait for the next thing to happen: an answer, a part's end, or the end of a rest."""
-        now_s = self._clock()
         rests = [each.rests_until_s for each in self._endpoints if each.rests_until_s > now_s]
         until_s = min([flight.ends_s for flight in self._flights.values()] + rests + [self._deadline.at_s])
-        timeout_s = None if until_s == math.inf else max(0.0, until_s - now_s)
+        timeout_s = None if until_s == math.inf else max(0.0, until_s - self._clock())
         if not self._flights:
             time.sleep(timeout_s or 0.0)
             return
@@ -341,7 +341,7 @@ class _Fan:
         each.in_a_row += 1
         each.broken_in_a_row += not _is_busy(error)
         each.error = error
-        each.rests_until_s = self._clock() + min(REST_MOST_S, REST_S * 2.0 ** (each.in_a_row - 1))
+        each.rests_until_s = self._clock() + min(REST_MOST_S, REST_S * 2.0 ** min(each.in_a_row - 1, 16))
         self._ledger.failed(part, number)
 
 

@@ -112,8 +112,18 @@ def test_rows_come_back_in_order_each_from_one_runner(runners, rows):
 
 
 def test_what_one_does_not_answer_another_does(runners):
-    runners[0].error = lambda: RemoteUnavailable("connection refused")
+    asked = 0
+
+    def error():
+        nonlocal asked
+        asked += 1
+        if asked > fanout.FLYING:  # it is asked again: one of its failures has been heard of
+            runners[2].let_go()
+        return RemoteUnavailable("connection refused")
+
+    runners[0].error = error
     runners[1].refusal = lambda: QueueFull("too many")
+    runners[2].hold()
     found = answered(runners)
     np.testing.assert_array_equal(found.outputs["logits"], 2.0 * X)
     assert [share.rows for share in found.shares] == [0, 0, 101]
@@ -151,6 +161,40 @@ def test_endpoints_that_have_enough_to_do_are_asked_again_for_as_long_as_there_i
     runner.error = lambda: RemoteRefused("no such thing", status=503)
     with pytest.raises(RunnerError, match="no such thing"):
         answered([runner])
+    runner.close()
+
+
+class CreepingClock:
+    """Seconds that pass a little with every look, and while somebody sleeps."""
+
+    def __init__(self, step_s: float) -> None:
+        self.now_s, self.step_s = 0.0, step_s
+
+    def __call__(self) -> float:
+        self.now_s += self.step_s
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+@pytest.mark.parametrize("step_s", [0.003, 0.03, 0.07, 0.15, 0.5])
+def test_a_rest_that_ends_between_two_looks_at_the_clock_costs_nobody_the_deadline(monkeypatch, step_s):
+    clock = CreepingClock(step_s)
+    monkeypatch.setattr(fanout.time, "sleep", clock.sleep)
+    runner = NumpyRunner(gain=2.0)
+    failures = 2000  # more than the rests can double
+
+    def refusal():
+        nonlocal failures
+        failures -= 1
+        runner.refusal = refusal if failures else None
+        return QueueFull("too many wait")
+
+    runner.refusal = refusal
+    found = fan_out([runner], INTERFACE, {"x": X}, Deadline(1e6, clock=clock), clock=clock)
+    np.testing.assert_array_equal(found.outputs["logits"], 2.0 * X)
+    assert found.shares[0].failures == 2000
     runner.close()
 
 
