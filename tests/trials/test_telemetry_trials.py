@@ -5,12 +5,9 @@ Real processes, a real mosquitto. A share of each count always runs; the full on
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -24,7 +21,6 @@ from outrider.telemetry import Limits, Sink
 from outrider.telemetry.record import Range
 from outrider.telemetry.spool import Draft, Spool
 from support.broker import Mosquitto, wait_until
-from support.spool_steps import STEPS
 from support.telemetry import Source, a_draft
 from support.telemetry_trials import Impatient, open_reporter, record_trial
 from support.tmpfs import fill, small_disk
@@ -38,83 +34,6 @@ TESTS = Path(__file__).parents[1]
 def broker(tmp_path: Path) -> Iterator[Mosquitto]:
     with Mosquitto(tmp_path / "mosquitto", extra="max_queued_messages 0\n") as running:
         yield running
-
-
-# The writer is killed.
-
-
-def kill_a_writer(path: Path, *, seed: int, step: str = "", times: int = 1) -> tuple[list[list[int]], int]:
-    """Kill -9 a writer, at a step or at some moment. Gives the numbers of what it said, and its return code."""
-    rng = random.Random(seed)
-    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
-    command = [
-        sys.executable,
-        "-m",
-        "support.spool_writer",
-        str(path),
-        str(seed),
-        *((step, str(times)) if step else ()),
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
-        assert child.stdout is not None
-        if step:
-            lines = child.stdout.readlines()
-        else:
-            lines = [child.stdout.readline() for _ in range(1 + rng.randrange(40))]
-            for _ in range(rng.randrange(20_000)):  # it goes on: where in its next commits the kill finds it is chance
-                pass
-            child.kill()
-            lines += child.stdout.readlines()
-        child.wait()
-    said = [line.split() for line in lines if line.endswith("\n")]
-    return [[int(word) for word in words[1:]] for words in said], child.returncode
-
-
-def check_after_kill(path: Path, said: list[list[int]], before: int) -> int:
-    """Nothing that was acknowledged is lost, and the account is exact. Gives the last number."""
-    with Spool(path, max_bytes=200_000) as spool:
-        assert spool.recovered is None
-        account = spool.account()
-        assert account.enqueued == account.delivered + account.pending + account.dropped
-        assert account.pending == len(spool.peek(10**9))
-        assert spool.last_seq >= before
-        if said:
-            assert said[0][0] >= before, "numbers go on after those of the life before"
-        if len(said) > 1:
-            last_seq, enqueued, delivered, dropped = said[-1]
-            assert account.enqueued >= enqueued
-            assert account.delivered >= delivered
-            assert account.dropped >= dropped
-            assert spool.last_seq > last_seq, "one number at least is burnt"
-        return spool.last_seq
-
-
-def kill_writers(path: Path, *, at_random: int, per_step: int) -> dict[str, Any]:
-    before, acknowledged = 0, 0
-    for seed in range(at_random):
-        said, code = kill_a_writer(path, seed=seed)
-        assert code == -signal.SIGKILL
-        acknowledged += len(said) - 1
-        before = check_after_kill(path, said, before)
-    for step in STEPS:
-        for times in range(1, per_step + 1):
-            if STEPS[step] == "new":
-                shutil.rmtree(path.parent)
-                before = 0
-            said, code = kill_a_writer(path, seed=times, step=step, times=times if STEPS[step] == "commit" else 1)
-            assert code == -signal.SIGKILL, f"it never came to {step!r}"
-            before = check_after_kill(path, said, before)
-    kills = at_random + per_step * len(STEPS)
-    return {"kills": kills, "at_random": at_random, "at_each_of": list(STEPS), "commits": acknowledged, "lost": 0}
-
-
-def test_kill_9_of_the_writer_a_share(tmp_path: Path) -> None:
-    kill_writers(tmp_path / "spool" / "x.sqlite", at_random=5, per_step=1)
-
-
-@pytest.mark.trials
-def test_kill_9_of_the_writer_300_times_and_at_every_step(tmp_path: Path) -> None:
-    record_trial("writer", lambda: kill_writers(tmp_path / "spool" / "x.sqlite", at_random=300, per_step=10))
 
 
 # The broker is killed.
@@ -341,7 +260,7 @@ def damage_spools(tmp_path: Path, *, count: int) -> dict[str, Any]:
             assert account.enqueued == account.delivered + account.pending + account.dropped
             assert account.pending == len(rows)
             assert {row.body for row in rows} <= known, "nothing that was never written"
-            assert spool.recovered is None or account.enqueued == spool.salvaged
+            assert account.enqueued == (records if spool.recovered is None else spool.salvaged)
             spool.append([a_draft()])
             assert spool.account().enqueued == account.enqueued + 1
         outcomes[f"{how}, {'sound' if spool.recovered is None else 'salvaged'}"] += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import shutil
 import sqlite3
@@ -17,6 +18,7 @@ from outrider.telemetry.record import Range
 from outrider.telemetry.salvage import salvage
 from outrider.telemetry.spool import HIGH, LOW, ROW_OVERHEAD_BYTES, Account, Spool
 from outrider.telemetry.spoolfile import PAGE_BYTES
+from outrider.telemetry.spoollock import Given, SpoolLock
 from support.telemetry import a_draft
 
 
@@ -95,13 +97,65 @@ def test_a_journal_that_lost_commits_is_damage_and_not_an_older_state(path: Path
         assert 1 <= spool.salvaged < 10
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.7, 0.9, 0.99])
+def test_a_journal_that_was_cut_gives_no_number_twice(path: Path, share: float) -> None:
+    """Its rest is sound, and a shorter history: what the consumer has under a number is not what comes now."""
+    with Spool(path) as spool:
+        stream = spool.stream
+        for number in range(0, 400, 20):
+            spool.append([a_draft(at, size_bytes=200) for at in range(number, number + 20)])
+        image = path.parent.with_name("image")
+        shutil.copytree(path.parent, image)
+    journal = image / (path.name + "-wal")
+    os.truncate(journal, int(share * journal.stat().st_size))
+    with Spool(image / path.name) as spool:
+        assert spool.stream != stream
+        assert (spool.recovered is None) == (share == 0.0)  # then there is nothing at all, as in a new file
+    with Spool(image / path.name) as spool:
+        assert spool.recovered is None
+
+
+def test_an_older_file_that_is_copied_back_begins_a_fresh_stream(path: Path) -> None:
+    fill(path, 10)
+    older = path.read_bytes()
+    with Spool(path) as spool:
+        stream = spool.stream
+        spool.append([a_draft(number) for number in range(10)])
+    path.write_bytes(older)
+    with Spool(path) as spool:
+        assert spool.recovered == "the next number is 11, but all below 21 were given"
+        assert spool.stream != stream
+        assert spool.salvaged == 10
+
+
+@pytest.mark.parametrize("text", [b"", b"123\n", b"\xff" * 88, b"9" * 200])
+def test_a_note_that_cannot_be_read_says_nothing(path: Path, text: bytes) -> None:
+    fill(path, 10)
+    path.with_name(path.name + ".lock").write_bytes(text)
+    with Spool(path) as spool:
+        assert spool.recovered is None
+        spool.append([a_draft()])
+    assert SpoolLock(path).given == Given(spool.stream, 12)
+
+
+def test_a_file_that_was_deleted_is_no_loss_of_numbers(path: Path) -> None:
+    fill(path, 10)
+    path.unlink()
+    with Spool(path) as spool:
+        assert (spool.recovered, spool.last_seq) == (None, 0)
+
+
 def test_half_of_the_last_commit_is_what_a_power_cut_leaves(path: Path) -> None:
     with Spool(path) as spool:
         stream = spool.stream
-        for number in range(10):
+        for number in range(9):
             spool.append([a_draft(number)])
+        lock = path.with_name(path.name + ".lock")
+        before = lock.read_bytes()
+        spool.append([a_draft(9)])
         image = path.parent.with_name("image")
         shutil.copytree(path.parent, image)
+    (image / lock.name).write_bytes(before)  # which the tenth had not come to
     journal = image / (path.name + "-wal")
     data = bytearray(journal.read_bytes())
     data[-100] ^= 1

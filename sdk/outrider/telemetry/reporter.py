@@ -7,7 +7,6 @@ reporter builds records and commits them; another one sends them.
 from __future__ import annotations
 
 import functools
-import io
 import logging
 import math
 import os
@@ -31,7 +30,8 @@ from outrider.telemetry.paths import without_paths
 from outrider.telemetry.publisher import Calls, Limits, Publisher
 from outrider.telemetry.record import EVENT, INPUT, Range, check_device, encode_row
 from outrider.telemetry.spool import DEFAULT_MAX_BYTES, HIGH, LOWEST, Draft, Spool
-from outrider.telemetry.spoolfile import is_no_room, lock, was_left_open
+from outrider.telemetry.spoolfile import is_no_room, was_left_open
+from outrider.telemetry.spoollock import SpoolLock
 from outrider.telemetry.vitals import Vitals, read_metrics, vitals
 from outrider.telemetry.writer import ReporterAccount, Settings, World, Writer
 from outrider_runtimes.board import this_board
@@ -170,7 +170,7 @@ class Reporter:
         self._process = os.getpid()
         path = find_state_dir(state) / "telemetry" / f"{device}.sqlite"
         self._spool: Spool | None = None
-        self._held: io.FileIO | None = None
+        self._held: SpoolLock | None = None
         self._make_spool = functools.partial(
             Spool, path, max_bytes=max_bytes, max_age_s=max_age_s, clock=clock, boot=self._boot_id
         )
@@ -199,7 +199,7 @@ class Reporter:
         )
         try:
             if was_left_open(path):  # whose it is, is asked here; what is in it, on the writer's thread
-                self._held = lock(path)
+                self._held = SpoolLock(path)
             else:
                 self._writer.open()
         except TelemetryError as error:

@@ -7,7 +7,6 @@ records, so that it holds at every moment, a kill -9 included.
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import os
 import sqlite3
@@ -36,12 +35,12 @@ from outrider.telemetry.spoolfile import (
     is_no_room,
     keep,
     kept_bytes,
-    lock,
     put_in_place,
     remove_kept,
     seal_of,
     set_aside,
 )
+from outrider.telemetry.spoollock import SpoolLock
 from outrider_runtimes.clock import this_boot
 from outrider_runtimes.errors import TelemetryError
 
@@ -101,7 +100,7 @@ class Spool:
     """A queue on disk. Safe from several threads; one process at a time, and not over a fork.
 
     Attributes:
-        path: the SQLite file; ``.lock`` beside it says which process has it.
+        path: the SQLite file; ``.lock`` beside it says which process has it, and which numbers it has given.
         stream: the UUID that was made with the file.
         last_seq: the highest number given or skipped so far.
         recovered: why the file that was found could not be used and a fresh stream was begun; None when all was well.
@@ -117,7 +116,7 @@ class Spool:
         max_age_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
         boot: str | None = None,
-        held: io.FileIO | None = None,
+        held: SpoolLock | None = None,
     ) -> None:
         """Open or make the file.
 
@@ -129,7 +128,7 @@ class Spool:
                 monotonic clock: where it was switched off, or its spool was not open when it went down, less.
             clock: seconds, monotonic within a boot.
             boot: the boot's id; the kernel's when None.
-            held: its lock, where that was taken before by ``spoolfile.lock``; the spool closes it.
+            held: its lock, where that was taken before; the spool closes it.
 
         Raises:
             TelemetryError: another process has it, the folder cannot be written, the disk is full, or a newer version
@@ -154,7 +153,7 @@ class Spool:
         self._lived = Lived(boot="", monotonic_ms=0, lived_ms=0)
         self._most_bytes = self._kept_bytes = 0
         self._process = os.getpid()
-        self._lock = lock(self.path) if held is None else held
+        self._lock = SpoolLock(self.path) if held is None else held
         try:
             self._start()
         except BaseException:
@@ -204,6 +203,7 @@ class Spool:
                 db.execute("COMMIT")
             # Inside the transaction's block: a failing COMMIT leaves these as they were.
             self.last_seq = last + lost
+            self._lock.note(self.stream, self.last_seq + 1)
             self._lived, self._most_bytes = lived, most_bytes
             self._claims.let_go(spans)
         return Committed(tuple(range(first, last + 1)), delivered)
@@ -327,7 +327,7 @@ class Spool:
             ) from error
 
     def _use(self, path: Path) -> None:
-        self._db = connect(path)
+        self._db = connect(path, given=self._lock.given)
         try:
             self._kept_bytes = kept_bytes(self.path)
             self._begin()
@@ -374,6 +374,7 @@ class Spool:
             db.execute("COMMIT")
         self._lived = Lived(boot=boot, monotonic_ms=monotonic_ms, lived_ms=lived_ms)
         self.stream, self.last_seq, self._most_bytes = str(stream), int(next_seq) - 1, int(pending_bytes)
+        self._lock.note(self.stream, int(next_seq))
 
     def _stop_cleanly(self) -> None:
         lived = self._lived_now()

@@ -1,10 +1,9 @@
-"""A spool's file on the disk: who has it, what is in it, whether that is sound, and older forms of it."""
+"""A spool's file on the disk: what is in it, whether that is sound, and older forms of it."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import os
 import sqlite3
 import struct
@@ -16,6 +15,7 @@ from typing import Final, NamedTuple
 
 from outrider.bundle.files import sync_directory
 from outrider.telemetry.record import to_ranges
+from outrider.telemetry.spoollock import Given
 from outrider_runtimes.errors import TelemetryError
 
 APPLICATION_ID: Final = 0x4F755472  # "OuTr"
@@ -98,37 +98,11 @@ class Lived(NamedTuple):
         return Lived(boot, monotonic_ms, self.lived_ms + passed_ms)
 
 
-def lock(path: Path) -> io.FileIO:
-    """The file beside the spool that says who has it, locked. Raises TelemetryError."""
-    import fcntl
-
-    holder = path.with_name(path.name + ".lock")
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = io.FileIO(holder, "a+")
-    except OSError as error:
-        raise TelemetryError(
-            f"the spool's folder {path.parent} cannot be written: {error}",
-            hint="name one that can be written by state=",
-        ) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        pid = file.read(32).decode("ascii", "replace").strip() or "unknown"
-        file.close()
-        raise TelemetryError(
-            f"the spool {path} is in use by process {pid}",
-            hint="give each process a device id or a state directory of its own",
-        ) from None
-    with contextlib.suppress(OSError):  # who holds it is for people; on a full disk it stays unsaid
-        file.truncate(0)
-        file.write(b"%d\n" % os.getpid())
-    return file
-
-
-def connect(path: Path) -> sqlite3.Connection:
+def connect(path: Path, *, given: Given | None = None) -> sqlite3.Connection:
     """An open, examined database; one that is damaged is set aside.
+
+    Args:
+        given: the numbers that are known from elsewhere to have been given.
 
     Raises:
         Corrupt: it was.
@@ -146,6 +120,7 @@ def connect(path: Path) -> sqlite3.Connection:
             _create(db)
         else:
             _migrate(db, version)
+            _check_numbers(db, given)
             _examine(db, sealed=version == SCHEMA_VERSION)
         return db
     except BaseException as error:
@@ -353,6 +328,13 @@ def _check_journal(db: sqlite3.Connection, committed: Callable[[int], int]) -> N
     if lost > 1:
         # Their numbers were given: to give them again to other records would make those look like duplicates.
         raise Corrupt(f"the journal has lost {lost} commits")
+
+
+def _check_numbers(db: sqlite3.Connection, given: Given | None) -> None:
+    """Whether the file is older than the numbers that were given: its journal was cut, or it was copied back."""
+    found = db.execute("SELECT stream, next_seq FROM account").fetchone()
+    if given is not None and found is not None and found[0] == given.stream and found[1] < given.next_seq:
+        raise Corrupt(f"the next number is {found[1]}, but all below {given.next_seq} were given")
 
 
 def seal_of(db: sqlite3.Connection) -> int:
