@@ -8,6 +8,7 @@ asked for or taken, and status line, headers, interim replies and body are bound
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
 import socket
 import ssl
@@ -267,7 +268,8 @@ class HttpClient:
             return known
         looked_up = lookup(self.origin.host, self.origin.port)
         either: list[Future[Any]] = [looked_up, self._closing]
-        wait(either, timeout=deadline.timeout_s(), return_when=FIRST_COMPLETED)
+        left_s = deadline.remaining_s()
+        wait(either, timeout=None if left_s == math.inf else left_s, return_when=FIRST_COMPLETED)
         if self._closed:
             raise RunnerClosed(f"the client of {self.origin.address} is closed")
         if not looked_up.done():

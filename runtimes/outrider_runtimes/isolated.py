@@ -114,7 +114,8 @@ class IsolatedSession:
     @property
     def pid(self) -> int | None:
         """The child's process id; None where there is none now."""
-        return None if self._child is None else self._child.pid
+        child = self._child  # which another thread may end
+        return None if child is None else child.pid
 
     def run(self, inputs: Sequence[Array]) -> Sequence[Array]:
         """Run once; see ``engines.Session``.

@@ -232,8 +232,8 @@ class Worker:
     def _given_up(self, future: Future[Answer]) -> None:
         """Nobody waits for the call that runs any more: if it is stuck, that is not left to the next request to see."""
         with self._lock:
-            job = self._running
-            if job is None or job.future is not future or self._watched_ended is not None:
+            job, watched = self._running, self._watched_ended
+            if job is None or job.future is not future or (watched is not None and not watched.is_set()):
                 return
             if job.deadline.at_s == math.inf:  # it may take for ever
                 return
@@ -253,7 +253,8 @@ class Worker:
         if stuck:
             _abandon(job, waiting)
         with self._lock:
-            self._watched_ended = None
+            if self._watched_ended is ended:  # else another call is watched by now
+                self._watched_ended = None
 
     def _make_room(self) -> list[_Job]:
         """Under the lock: what has to go so that one more may wait; the thread may take one at the same moment."""

@@ -16,7 +16,7 @@ from outrider.telemetry import Record, Reporter, Sink
 from outrider_runtimes.errors import DeadlineExceeded, DtypeError, InferenceError, NotFiniteError, ShapeError
 from support import tinymodels
 from support.agents import DEVICE, AgentProcess, board
-from support.broker import Mosquitto
+from support.broker import Mosquitto, wait_until
 from support.ports import free_port
 from support.realbundles import images, make_real_bundle
 from support.telemetry_schema import complaints
@@ -65,6 +65,10 @@ def reporter_of(url: str, tmp_path: Path) -> Reporter:
     return Reporter(url, device=DEVICE, state=tmp_path / "state", commit_interval_ms=20.0, metrics_interval_s=3600.0)
 
 
+def child_of(model: outrider.Model) -> int | None:
+    return model._session._session.pid  # type: ignore[union-attr]
+
+
 def received(url: str, tmp_path: Path) -> tuple[dict[str, Any], Counter[tuple[str, str]]]:
     """After the close: the one metrics record, and how many events of failures there are, by name and error."""
     records: list[Record] = []
@@ -92,9 +96,11 @@ def test_a_watched_models_calls_are_counted_once_each_whatever_becomes_of_them(
             for kind, inputs in BAD_INPUTS:
                 with pytest.raises(kind):
                     moody.infer(inputs, deadline_ms=deadline_ms)
+        first = child_of(endless)
         with pytest.raises(DeadlineExceeded):
             endless.infer(ANGRY, deadline_ms=50.0)
         assert reporter.failure(OSError("a camera that is gone")), "what never came to a model"
+        wait_until(lambda: not endless.sick and child_of(endless) not in (None, first))
         endless.infer(GOOD, deadline_ms=FAR_MS)
     metrics, events = received(broker.url, tmp_path)
     assert metrics["predictions"] == metrics["latency_ms"]["count"] == 17

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -215,10 +216,11 @@ def _busy_child() -> int:
     ends_at = time.monotonic() + 120.0
     while time.monotonic() < ends_at:
         for task in Path("/proc/self/task").iterdir():
-            for pid in (task / "children").read_text().split():
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                if (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") > 2.5:
-                    return int(pid)
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
+                for pid in (task / "children").read_text().split():
+                    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                    if (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") > 2.5:
+                        return int(pid)
         time.sleep(0.02)
     raise AssertionError("no child got busy")
 

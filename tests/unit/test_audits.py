@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from outrider.bundle import OffloadRule
 from outrider.hybrid.audits import may_differ
 from outrider.hybrid.judging import differing
 from outrider.policy import Budget, Policy
+from outrider.spending import Spending
 from outrider_runtimes.errors import ConfigError, RemoteUnavailable
 from outrider_runtimes.scores import Score
 from support.runners import ConnectingRunner, told, until
@@ -116,14 +118,20 @@ def test_a_failed_audit_speaks_of_the_cloud_and_not_of_the_edge(edge, cloud):
     assert cloud.submitted == 3
 
 
-def test_audits_keep_the_budget_and_what_is_private_stays(edge, cloud, tmp_path):
+def test_audits_keep_the_budget_and_what_is_private_stays(edge, cloud, tmp_path, monkeypatch):
+    card, write = threading.Event(), Spending._write
+
+    def write_late(self, *args):
+        assert card.wait(120.0)
+        write(self, *args)
+
+    monkeypatch.setattr(Spending, "_write", write_late)
     policy = Policy(GENEROUS_MS, budget=Budget(requests_per_day=3), **EVERY)
     with Hybrid(edge, cloud, policy, state=tmp_path) as hybrid:
         assert told(hybrid.infer({"x": SURE}, private=True)) == ("edge", "confident")
-        assert told(hybrid.infer({"x": SURE})) == (
-            "edge",
-            "confident",
-        )  # an audit waits for no card: it begins to write
+        # An audit waits for no card: it begins to write.
+        assert told(hybrid.infer({"x": SURE})) == ("edge", "confident")
+        card.set()
         until(lambda: hybrid._own_meter._spending._writing is None)
         audited(hybrid, cloud, 3)
         assert told(hybrid.infer({"x": SURE})) == ("edge", "confident")

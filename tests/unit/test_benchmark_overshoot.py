@@ -56,7 +56,7 @@ def test_a_promise_is_kept_or_missed_by_its_figure_and_shown_either_way(p99_ms, 
 
 @pytest.fixture
 def ports() -> Iterator[dict[str, int]]:
-    command = [sys.executable, "-m", "benchmarks.faults", "0.4"]
+    command = [sys.executable, "-m", "benchmarks.faults", "1.5"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         process.stdin.write(json.dumps(INTERFACE.to_dict()) + "\n")
         process.stdin.flush()

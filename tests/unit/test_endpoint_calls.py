@@ -13,6 +13,7 @@ from outrider.endpoint.calls import APART_S, FAST_S, STAY_S, Call, Ended
 from outrider_runtimes.errors import DeadlineExceeded, InferenceError, RunnerClosed
 from outrider_runtimes.runner import Answer, Timing, first_ended
 from support.clocks import ManualClock
+from support.runners import until
 
 LONG_S = 60.0
 
@@ -107,10 +108,12 @@ def test_a_fast_answer_waits_for_no_other_that_never_comes():
     asyncio.run(beside_a_stuck_one())
 
 
-def ending(futures: list[Future[Answer]]) -> threading.Thread:
-    """A runner's thread, which answers each in its turn."""
+def ending(futures: list[Future[Answer]], *, stayed_for: bool = False) -> threading.Thread:
+    """A runner's thread, which answers each in its turn; ``stayed_for``: once the loop waits for the last of them."""
 
     def run() -> None:
+        if stayed_for:
+            until(lambda: len(futures[-1]._done_callbacks) == 2)
         for number, future in enumerate(futures):
             future.set_result(answer(number))
 
@@ -130,7 +133,7 @@ def test_what_a_quick_model_was_asked_in_one_turn_is_known_in_the_next_and_nobod
         for _ in range(3):
             futures: list[Future[Answer]] = [Future() for _ in range(50)]
             waits = [ended.of(future, quick=True) for future in futures]
-            thread = ending(futures)
+            thread = ending(futures, stayed_for=True)
             await turns()
             assert all(wait.done() for wait in waits)
             thread.join()

@@ -155,9 +155,10 @@ def test_endpoints_that_have_enough_to_do_are_asked_again_for_as_long_as_there_i
     runner.error = error
     found = answered([runner])
     np.testing.assert_array_equal(found.outputs["logits"], 2.0 * X)
-    runner.error = lambda: RemoteRefused("too many wait", status=503, retry_after_s=1.0)
+    runner.refusal = lambda: RemoteRefused("too many wait", status=503, retry_after_s=1.0)
     with pytest.raises(DeadlineExceeded):
         answered([runner], deadline_ms=50.0)
+    runner.refusal = None
     runner.error = lambda: RemoteRefused("no such thing", status=503)
     with pytest.raises(RunnerError, match="no such thing"):
         answered([runner])

@@ -50,7 +50,7 @@ def test_under_many_threads_one_probe_goes_out(edge, cloud, clock):
     cloud.hold()
     with ThreadPoolExecutor(8) as pool:
         futures = [pool.submit(hybrid.infer, {"x": UNSURE}) for _ in range(8)]
-        until(lambda: sum(future.done() for future in futures) == 7)
+        until(lambda: cloud.submitted == 2 and sum(future.done() for future in futures) == 7)
         assert cloud.submitted == 2
         cloud.let_go()
         assert Counter(told(f.result()) for f in futures) == {

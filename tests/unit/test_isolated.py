@@ -27,6 +27,7 @@ from outrider_runtimes.isolated import MAX_RESTARTS, WINDOW_S, IsolatedSession, 
 from outrider_runtimes.tensors import Binding, Interface, TensorBinding, TensorSpec
 from outrider_runtimes.worker import Worker
 from support import models, tinymodels
+from support.runners import until
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +35,12 @@ W = tinymodels.weights()
 X = tinymodels.images(3) * 0.5
 HANGS = np.ones_like(X)
 WAIT_S = 60.0
+
+
+@pytest.fixture(autouse=True)
+def slow_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the kernel takes to end a killed child, how it ended is told."""
+    monkeypatch.setattr(isolated, "REAP_S", 60.0)
 
 
 @pytest.fixture
@@ -221,7 +228,10 @@ def test_a_stuck_call_is_killed_and_the_next_is_answered(onnx: Path, frozen: boo
     assert first is not None
     if frozen:
         os.kill(first, signal.SIGSTOP)
-    stuck = worker.submit({"x": HANGS}, Deadline.after_ms(1000.0))  # its thread has begun by then
+    now_s = [0.0]
+    stuck = worker.submit({"x": HANGS}, Deadline(1.0, clock=lambda: now_s[0]))
+    until(lambda: session._child is not None and session._child._number == 2)  # it is in its call
+    now_s[0] = 2.0
     with pytest.raises(InferenceError, match="was stuck; its process was killed"):
         stuck.result(WAIT_S)
     wait_gone(first)

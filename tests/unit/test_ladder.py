@@ -23,6 +23,7 @@ from outrider.store import Store
 from outrider_runtimes.errors import ConfigError, InferenceError, ModelLoadError
 from outrider_runtimes.heat import Heat
 from support.realbundles import ONNX, TFLITE, expected, images, make_real_bundle
+from support.runners import until
 
 RULES = Rules(latency_ms=20.0, calls=4)
 COOL, WARM, HOT = (Heat(celsius=c, throttled=False) for c in (50.0, 75.0, 85.0))
@@ -270,10 +271,13 @@ def test_steps_under_load_lose_no_call(board: Board) -> None:
     clients = [threading.Thread(target=client) for _ in range(3)]
     for thread in clients:
         thread.start()
+    until(lambda: ONNX in answers or failures)
     for _ in range(10):
         board.run(85.0)
         board.run(50.0, calls=0)
         board.run(50.0, calls=0, later_s=LONGEST_HOLD_S)
+    board.run(85.0)
+    until(lambda: TFLITE in answers or failures)
     stop.set()
     for thread in clients:
         thread.join(60.0)

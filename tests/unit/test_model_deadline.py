@@ -22,7 +22,8 @@ from outrider_runtimes.errors import (
 from support.doubling import ONE, WAIT_S, Doubler, Gate, bound, model_of
 
 
-def test_a_stuck_engine_does_not_hold_a_caller_beyond_its_deadline(gate: Gate) -> None:
+def test_a_stuck_engine_does_not_hold_a_caller_beyond_its_deadline(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("outrider_runtimes.worker.SICK_UNMEASURED_S", WAIT_S)
     model = model_of(bound(gate))
     gate.stuck = True
     for _ in range(2):

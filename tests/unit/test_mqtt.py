@@ -106,7 +106,8 @@ def test_the_wait_grows_to_a_bound_and_is_spread() -> None:
     assert max(in_tenths.count(tenth) for tenth in range(10)) < 0.2 * len(in_tenths)
 
 
-def test_whatever_an_attempt_raises_the_connection_is_tried_again() -> None:
+def test_whatever_an_attempt_raises_the_connection_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("outrider.telemetry.mqtt.CLOSE_TIMEOUT_S", 120.0)
     raised = []
 
     def will() -> Message:

@@ -256,7 +256,8 @@ def test_a_process_that_is_killed_between_calls_is_no_strike(tmp_path: Path) -> 
 
 
 @slow
-def test_a_crash_in_a_process_of_its_own_goes_back_in_this_one(tmp_path: Path) -> None:
+def test_a_crash_in_a_process_of_its_own_goes_back_in_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("outrider_runtimes.isolated.REAP_S", 60.0)
     good, _ = upgraded(tmp_path, tinymodels.endless_onnx(W, above=1.5))
     with load("tiny", state=tmp_path, isolation="process") as model:
         session = model._session._opened.raw  # type: ignore[union-attr]

@@ -23,6 +23,7 @@ from support.clocks import ManualClock
 from support.effort import effort
 from support.runners import NumpyRunner, told, until
 from support.sides import SURE, UNSURE
+from support.straight import StraightRunner
 
 NOON_S = 20_000 * DAY_S + 12 * HOUR_S
 POLICY = {"deadline_ms": 120_000.0, "min_margin": 0.5}
@@ -31,6 +32,11 @@ SIZE = 16  # bytes of one row, and of its answer
 
 def opened(path, clock=None) -> Spending:
     return Spending(path, clock=clock or ManualClock(NOON_S))
+
+
+@pytest.fixture(autouse=True)
+def no_card_is_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spending_module, "CLOSE_MS", 120_000.0)
 
 
 # --- the rule
@@ -223,9 +229,9 @@ def test_a_card_that_hangs_holds_no_call_beyond_its_deadline(card, tmp_path):
 
 
 def test_a_hybrid_whose_card_hangs_answers_from_the_edge(card, tmp_path, clock):
-    edge, cloud = NumpyRunner(), NumpyRunner()
+    edge, cloud = StraightRunner(), NumpyRunner()
     policy = Policy(**{**POLICY, "deadline_ms": 500.0}, budget=Budget(requests_per_day=5))
-    with Hybrid(edge, cloud, policy, state=tmp_path, root=tmp_path, clock=clock) as hybrid:
+    with Hybrid(edge, cloud, policy, state=tmp_path, root=tmp_path, clock=clock, wall=ManualClock(NOON_S)) as hybrid:
         card.hold()
         for _ in range(2):
             assert told(hybrid.infer(UNSURE)) == ("edge_degraded", "budget_spent")
@@ -240,7 +246,7 @@ def test_an_audit_waits_for_no_card(card, tmp_path, monkeypatch):
     monkeypatch.setattr("outrider.hybrid.audits.AUDIT_MS", 240_000.0)  # longer than the card hangs
     edge, cloud = NumpyRunner(), NumpyRunner()
     policy = Policy(120_000.0, min_margin=0.5, audit_share=1.0, audit_allowed=0.02, budget=Budget(requests_per_day=5))
-    with Hybrid(edge, cloud, policy, state=tmp_path, root=tmp_path) as hybrid:
+    with Hybrid(edge, cloud, policy, state=tmp_path, root=tmp_path, wall=ManualClock(NOON_S)) as hybrid:
         card.hold()
         for _ in range(3):
             assert told(hybrid.infer(SURE)) == ("edge", "confident")
@@ -256,7 +262,10 @@ def test_an_audit_waits_for_no_card(card, tmp_path, monkeypatch):
 def test_a_hedge_waits_for_the_card_no_longer_than_for_the_edge(card, tmp_path):
     edge, cloud = NumpyRunner(), NumpyRunner()
     policy = Policy(60_000.0, hedge_after_ms=0.0, budget=Budget(requests_per_day=5))
-    with Hybrid(edge, cloud, policy, state=tmp_path, root=tmp_path) as hybrid, ThreadPoolExecutor(1) as pool:
+    with (
+        Hybrid(edge, cloud, policy, state=tmp_path, root=tmp_path, wall=ManualClock(NOON_S)) as hybrid,
+        ThreadPoolExecutor(1) as pool,
+    ):
         card.hold()
         edge.hold()
         answer = pool.submit(hybrid.infer, SURE)

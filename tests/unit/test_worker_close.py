@@ -32,7 +32,7 @@ def test_close_fails_what_waits_lets_the_running_call_end_and_frees_the_session(
     assert result(running) == 2.0
     closing.join(WAIT_S)
     assert not closing.is_alive()
-    assert gated.closed.is_set()
+    assert gated.closed.wait(WAIT_S)
     assert worker.depth == 0
     assert gated.seen == [1.0]
 

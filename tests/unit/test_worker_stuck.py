@@ -12,6 +12,7 @@ from outrider_runtimes.errors import (
     DeadlineExceeded,
     QueueFull,
 )
+from outrider_runtimes.worker import Worker
 from support.doubling import WAIT_S, result, x
 from support.workers import NEVER, occupy
 
@@ -106,6 +107,36 @@ def test_a_late_call_that_was_given_up_and_comes_back_is_watched_by_one_thread_u
         gated.let.release(2)
         assert (result(waits), result(behind)) == (4.0, 6.0)
         assert gated.begun.acquire(timeout=WAIT_S)
+
+
+def test_a_call_is_watched_though_the_watch_over_the_one_before_has_not_gone_yet(
+    make_worker, gated, clock, monkeypatch
+):
+    monkeypatch.setattr(worker_module, "LATE_LOOK_S", 0.001)
+    watch, go, late = Worker._watch, threading.Event(), []
+
+    def watch_late(self, job, ended):
+        if not late:
+            late.append(job)
+            assert ended.wait(WAIT_S)
+            assert go.wait(WAIT_S)
+        watch(self, job, ended)
+
+    monkeypatch.setattr(Worker, "_watch", watch_late)
+    worker = make_worker()
+    first = occupy(worker, gated, deadline=Deadline.after_ms(50.0, clock=clock))
+    second = worker.submit(x(2), Deadline.after_ms(60.0, clock=clock))
+    behind = worker.submit(x(3), NEVER)
+    assert not first.cancel()
+    gated.let.release()  # it comes back, and the next one runs
+    assert gated.begun.acquire(timeout=WAIT_S)
+    assert not second.cancel()
+    go.set()
+    clock.now_s += 60.0
+    with pytest.raises(QueueFull, match="stuck"):
+        behind.result(WAIT_S)
+    assert late
+    gated.let.release()
 
 
 def test_a_call_without_a_deadline_is_not_watched_and_one_that_waits_is_cancelled(make_worker, gated, clock):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -124,6 +125,7 @@ class Hybrid:
         self._failure_watchers: Watchers[Failure] = Watchers("on_failure")
         self._event_watchers = Watchers[HybridEvent]("on_event")
         self._unfollow: Callable[[], None] | None = None
+        self._following = threading.Lock()
         self._audits = Audits(self._cloud, policy, self._event_watchers.tell, clock=clock)
         self._board = BoardWatch(root, clock=clock) if _spares(policy) else None
         if self._board is not None:
@@ -213,8 +215,9 @@ class Hybrid:
         that made it. What the callback raises is logged, once.
         """
         follow = getattr(self._model, "on_change", None)
-        if self._unfollow is None and follow is not None:
-            self._unfollow = follow(self._changed)
+        with self._following:
+            if self._unfollow is None and follow is not None:
+                self._unfollow = follow(self._changed)
         return self._event_watchers.add(callback)
 
     def close(self) -> None:
@@ -232,7 +235,7 @@ class Hybrid:
     def forked(self) -> None:
         """As ``Forked`` says. It ends in the child: its edge has threads, and its account of spending one writer."""
         self._forked, self._closed = self._forked or not self._closed, True
-        self._own_meter, self._unfollow = None, None
+        self._own_meter, self._unfollow, self._following = None, None, threading.Lock()
         self._watchers = Watchers[Prediction]()
         self._failure_watchers = Watchers[Failure]("on_failure")
         self._event_watchers = Watchers[HybridEvent]("on_event")
