@@ -74,7 +74,7 @@ def test_a_stop_while_a_call_hangs_ends_in_bounded_time_with_what_was_offered_on
         agent.send(signal.SIGTERM)
         assert agent.process is not None
         assert agent.process.wait(timeout=200) == STUCK
-        (said,) = agent.named("stop_overdue")
+        said = agent.wait_for("stop_overdue")
         assert said["call_s"] >= LAST_CALL_S and "isolation" in said["hint"]
         with Reporter(home.broker_url, device=DEVICE, state=home.state) as reporter:
             assert reporter.account().enqueued >= 2, "agent_started and the answer"
@@ -122,6 +122,7 @@ def test_a_kill_in_the_middle_of_an_install_is_told_and_not_done_again(home: Hom
     line = ["install", "tiny-2.outrider", "--key", str(home.key), "--timeout-s", "200", "--expires-s", "3600"]
     for sequence in range(1, 6):
         with AgentProcess(home) as agent:
+            until_heard(operator)
             asking = subprocess.Popen(
                 [sys.executable, "-m", "outrider.cli", "command", home.broker_url, DEVICE, *line, "--json"],
                 stdout=subprocess.PIPE,

@@ -74,7 +74,7 @@ def test_another_prefix_and_none(broker: Mosquitto, tmp_path: Path) -> None:
             wait_until(lambda: reporter.connected, what="connected")
             assert reporter.flush(200.0)
         with a_reporter(broker, tmp_path, home_assistant="ha2"):
-            wait_until(lambda: home.on(other), what="found")
+            wait_until(lambda: home.on(other) and home.on(VITALS), what="found")
         assert {seen.topic for seen in home.heard} == {other, VITALS}
 
 

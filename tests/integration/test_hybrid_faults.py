@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +18,13 @@ import pytest
 
 from outrider.hybrid import Hybrid
 from outrider.policy import Policy
+from outrider.prediction import Prediction
 from outrider_runtimes._names import MAX_THREADS
 from outrider_runtimes.errors import DeadlineExceeded, QueueFull, RunnerClosed
 from outrider_runtimes.remote import Remote
 from outrider_runtimes.worker import Worker
 from support import servers
 from support.doubler import Doubler
-from support.runners import until
 from support.servers import Server, http
 
 pytestmark = pytest.mark.slow
@@ -117,10 +117,11 @@ def test_two_hundred_faulted_calls_each_end_and_leave_a_bounded_number_of_thread
         for fault in FAULTS.values():
             server.infer, before = fault, len(server.asked)
             seen += outcomes(hybrid, 25)
-            until(lambda before=before: len(server.asked) > before)  # the fault was met
+            while len(server.asked) == before:  # the fault was not met: on a busy machine no call may have the time
+                seen += outcomes(hybrid, 25)
             server.drop()
             assert ours()["outrider-remote"] <= 4 and ours()["outrider-worker"] == 1
-        assert seen.total() == 25 * len(FAULTS) == 200
+        assert seen.total() >= 25 * len(FAULTS) == 200
         assert {source for source, _ in seen} <= {"edge_degraded", "raised"}
         assert {reason for source, reason in seen if source == "edge_degraded"} <= CLOUD_REASONS
         assert set(ours()) <= {"outrider-remote", "outrider-worker", "outrider-worker-watch", "outrider-dns"}
@@ -141,6 +142,7 @@ def test_two_hundred_callers_at_once_each_end_and_are_served_by_few_threads(edge
         calling = pool.submit(outcomes, hybrid, 600, callers=200)
         while not calling.done():
             peak |= ours()
+        peak |= ours()
         assert calling.result().total() == 600
     assert 1 <= peak["outrider-remote"] <= 4 and peak["outrider-worker"] == 1, peak
     assert set(peak) <= {"outrider-remote", "outrider-worker", "outrider-worker-watch", "outrider-dns"}, peak
@@ -180,13 +182,25 @@ def test_a_stuck_worker_and_a_bad_cloud_at_once_end_every_call(edge, doubler, se
         assert ours()["outrider-remote"] <= 2
 
 
+def stuck_in(doubler: Doubler, pool: ThreadPoolExecutor, hybrid: Hybrid) -> Future[Prediction]:
+    """A call of the edge's that does not come back. One whose time was over before it began is made again."""
+    doubler.stick()
+    call = pool.submit(hybrid.infer, {"x": X})
+    end_s = time.monotonic() + LATE_S
+    while not doubler.held:
+        assert time.monotonic() < end_s
+        if call.done():
+            call = pool.submit(hybrid.infer, {"x": X})
+        time.sleep(0.001)
+    return call
+
+
 def test_behind_a_stuck_worker_a_good_cloud_answers_once_it_is_seen(edge, doubler, server):
-    with Remote(server.url, model="m") as remote:
+    with Remote(server.url, model="m") as remote, ThreadPoolExecutor(1) as pool:
         hybrid = Hybrid(edge, remote, ALWAYS, root=NOWHERE)
         hybrid.infer({"x": X}, deadline_ms=LATE_S * 1e3)
-        doubler.stick()
         with pytest.raises(DeadlineExceeded):
-            hybrid.infer({"x": X})
+            stuck_in(doubler, pool, hybrid).result(LATE_S)
         end_s = time.monotonic() + LATE_S
         while not edge.sick:
             assert time.monotonic() < end_s
@@ -200,11 +214,7 @@ def test_a_caller_without_a_deadline_is_told_when_the_call_before_it_is_stuck(ed
     with Remote(server.url, model="m") as remote, ThreadPoolExecutor(1) as pool:
         hybrid = Hybrid(edge, remote, ALWAYS, root=NOWHERE)
         hybrid.infer({"x": X}, deadline_ms=LATE_S * 1e3)
-        doubler.stick()
-        first = pool.submit(hybrid.infer, {"x": X})
-        end_s = time.monotonic() + LATE_S
-        while edge.depth == 0:
-            assert time.monotonic() < end_s
+        first = stuck_in(doubler, pool, hybrid)
         prediction = hybrid.infer({"x": X}, deadline_ms=LATE_S * 1e3)  # waits behind it, for far longer
         assert (prediction.source, prediction.reason) == ("cloud", "edge_failed")
         with pytest.raises(DeadlineExceeded):

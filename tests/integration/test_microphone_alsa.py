@@ -132,13 +132,23 @@ def doubling(path: Path) -> Path:
     return path
 
 
+# arecord takes its time to start on a busy machine.
+PATIENT = """
+import sys
+from outrider.agent.sources import microphone
+from outrider.cli import main
+microphone.SILENCE_S = 300.0
+sys.exit(main())
+"""
+
+
 def test_the_agent_answers_what_it_hears_and_ends_on_sigterm_in_silence(sounds: Path, speaker: int) -> None:
     (sounds / "home").mkdir()
     home = Home(sounds / "home", "mqtt://127.0.0.1:1")
     doubling(home.folder / "tiny.outrider")
     home.configure(source='kind = "microphone"\ndevice = "spoken"\nrate_hz = 8000\nwindow = 400')
     home.config.write_text(home.config.read_text().replace("[output]", '[output]\nvalues = "all"'))
-    with AgentProcess(home) as agent:
+    with AgentProcess(home, program=("-c", PATIENT)) as agent:
         agent.wait_for("source_reading")
         os.write(speaker, RAMP.tobytes() * 10)
         wait_until(lambda: len(home.lines) >= 4, what="four answers")

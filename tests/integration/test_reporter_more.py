@@ -26,6 +26,7 @@ from outrider_runtimes.runner import Served
 from outrider_runtimes.tensors import Interface, TensorSpec
 from support.amqtt_broker import running_amqtt
 from support.broker import Mosquitto, wait_until
+from support.listener import Listener
 from support.ports import free_port
 from support.runners import NumpyRunner
 from support.telemetry import Source, a_prediction
@@ -213,7 +214,8 @@ def test_attachments_share_the_connection_and_a_broken_one_harms_nobody(broker: 
     )
     with open_reporter(broker.url, tmp_path, device="other") as other:
         assert other.post(Message(topic="home/old/state", payload=b"kept", retain=True))
-        wait_until(lambda: other.connected)
+        with Listener(broker.port, "home/old/state") as kept:
+            wait_until(lambda: kept.heard)
         bad = Attachment(subscriptions=("home/+/state",), up=broken, message=broken)
         with open_reporter(broker.url, tmp_path, attachments=[bad, mine]) as reporter:
             wait_until(lambda: heard)
@@ -271,7 +273,8 @@ def test_what_a_device_is_is_retained(broker: Mosquitto, tmp_path: Path) -> None
             told.append(decode_info(payload))
 
     with open_reporter(broker.url, tmp_path) as reporter:
-        wait_until(lambda: reporter.connected)
+        with Listener(broker.port, topics("pi-07").info) as kept:
+            wait_until(lambda: kept.heard)
         unwatch = reporter.watch(Bundled())
         assert reporter.flush(200.0)
 
@@ -377,7 +380,7 @@ def test_a_budget_covers_offload_and_telemetry_together(broker: Mosquitto, tmp_p
         reporter.watch(source)
         source.predict(500)
         assert reporter.flush(200.0)
-        wait_until(lambda: reporter.held_back)
+        wait_until(lambda: reporter.held_back and sink.count().received)
         assert "budget" in reporter.held_back
         assert 0 < sink.count().received < 500
         assert reporter.account().pending > 0, "the rest waits"

@@ -99,9 +99,10 @@ def test_what_a_terminal_has_no_letters_for_is_a_question_mark(broker: Mosquitto
         page_of(child)
         assert child.stdout is not None
         pi = Simulated("pi-07")
-        tell(device, pi.event("rollback", reason="zu groß \u2713"), pi.status())
-        assert child.stdout.readline().endswith("  pi-07  rollback reason=zu gro? ?\n")
+        tell(device, pi.status())  # which is kept for who subscribes later
         assert child.stdout.readline().endswith("  pi-07  online (connected)\n")
+        tell(device, pi.event("rollback", reason="zu groß \u2713"))
+        assert child.stdout.readline().endswith("  pi-07  rollback reason=zu gro? ?\n")
         child.send_signal(signal.SIGTERM)
         out, err = child.communicate(timeout=200)
     assert child.returncode == 0 and "zu gro? ?" in out, err

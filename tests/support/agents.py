@@ -176,7 +176,9 @@ class AgentProcess:
 
         def there() -> bool:
             assert self.process is not None
-            assert self.process.poll() is None or self.named(name), self.events
+            if self.process.poll() is not None:
+                self._threads[0].join(120)  # what it said last has been read
+                assert self.named(name), self.events
             return len(self.named(name)) >= count
 
         wait_until(there, what=f"event {name} in {self.events}")

@@ -12,11 +12,15 @@ from support.servers import INTERFACE
 
 
 class Doubler:
-    """What a Worker runs. ``stick()``: from now on calls do not come back, until ``let_go()``."""
+    """What a Worker runs. ``stick()``: from now on calls do not come back, until ``let_go()``.
+
+    ``held``: whether one is in such a call.
+    """
 
     def __init__(self) -> None:
         self._free = threading.Event()
         self._free.set()
+        self.held = False
 
     @property
     def interface(self) -> Interface:
@@ -33,6 +37,7 @@ class Doubler:
         return [inputs["x"]]
 
     def execute(self, arrays: list[Array], *, check_ms: float = 0.0) -> Answer:
+        self.held = not self._free.is_set()
         self._free.wait()
         return Answer(outputs={"y": arrays[0] * np.float32(2)}, timing_ms=Timing(infer=0.001, total=0.001))
 

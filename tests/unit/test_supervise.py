@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from outrider.admit.supervise import Ended, Limits, default_rss_bytes, run_child, session_pids
+from outrider.admit.supervise import Ended, Limits, default_rss_bytes, run_child, run_command, session_pids
 from outrider_runtimes.environment import child_environment
 
 pytestmark = pytest.mark.slow
@@ -46,6 +47,31 @@ def test_a_child_that_answers_is_heard_and_its_memory_known() -> None:
     assert [event["event"] for event in events] == ["begun", "answer"]
     assert events[1]["value"] == 42
     assert 0 < ended.peak_rss_bytes < LIMITS.rss_bytes
+
+
+def test_an_interrupt_in_the_moment_in_which_it_starts_leaves_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    class Interrupting(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            started.append(self.pid)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupting)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run("hang")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    (pid,) = started
+    assert gone(pid)
+
+
+def test_a_child_that_cannot_be_started_is_an_error_of_the_system() -> None:
+    with pytest.raises(FileNotFoundError):
+        run_command(["/nowhere/python"], {}, {}, LIMITS, print)
 
 
 def test_the_tail_of_stderr_is_kept_and_no_more() -> None:

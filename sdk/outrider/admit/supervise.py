@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,10 +146,35 @@ def run_command(
     The child must call ``enter_limits`` first. Its session is killed when it outlives ``wall_s`` or outgrows
     ``rss_bytes``, and when this call is left by an exception; what it started and left behind, in any case.
     """
+    starting: Future[subprocess.Popen[bytes]] = Future()
+
+    def start() -> None:
+        if starting.set_running_or_notify_cancel():
+            try:
+                starting.set_result(_started(command, environment, request))
+            except BaseException as error:
+                starting.set_exception(error)
+
+    try:
+        # A signal's exception comes in the main thread: none comes between the child's beginning and who ends it.
+        threading.Thread(target=start, name="outrider-start", daemon=True).start()
+        return _Watch(starting.result(), limits, on_event).until_end()
+    finally:
+        if not starting.cancel() and starting.exception() is None:
+            process = starting.result()
+            _end_session(process)
+            for pipe in (process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
+
+
+def _started(
+    command: Sequence[str], environment: Mapping[str, str], request: Mapping[str, Any]
+) -> subprocess.Popen[bytes]:
     with tempfile.TemporaryFile() as stdin:
         stdin.write(json.dumps(request).encode())
         stdin.seek(0)
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command,
             stdin=stdin,
             stdout=subprocess.PIPE,
@@ -156,13 +183,6 @@ def run_command(
             env=environment,
             start_new_session=True,
         )
-    try:
-        return _Watch(process, limits, on_event).until_end()
-    finally:
-        _end_session(process)
-        for pipe in (process.stdout, process.stderr):
-            if pipe is not None:
-                pipe.close()
 
 
 def _end_session(process: subprocess.Popen[bytes]) -> None:

@@ -91,8 +91,8 @@ def _watch(args: argparse.Namespace) -> dict[str, Any]:
         if painted:
             stack.enter_context(_log_kept())
         watch = stack.enter_context(_open(args, news.put if live and not painted else lambda news: None))
-        url = None if args.html is None else _serve(stack, watch, host=args.host, port=args.html)
         _stop_on_signals(stack, done)
+        url = None if args.html is None else _serve(stack, watch, host=args.host, port=args.html)
         if painted:
             stack.enter_context(_other_screen())
 
