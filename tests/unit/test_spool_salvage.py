@@ -128,7 +128,9 @@ def test_an_older_file_that_is_copied_back_begins_a_fresh_stream(path: Path) -> 
         assert spool.salvaged == 10
 
 
-@pytest.mark.parametrize("text", [b"", b"123\n", b"\xff" * 88, b"9" * 200])
+@pytest.mark.parametrize(
+    "text", [b"", b"123\n", b"\xff" * 88, b"9" * 200], ids=["empty", "an older one", "no text", "digits"]
+)
 def test_a_note_that_cannot_be_read_says_nothing(path: Path, text: bytes) -> None:
     fill(path, 10)
     path.with_name(path.name + ".lock").write_bytes(text)
