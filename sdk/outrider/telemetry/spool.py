@@ -205,7 +205,8 @@ class Spool:
             self.last_seq = last + lost
             self._lock.note(self.stream, self.last_seq + 1)
             self._lived, self._most_bytes = lived, most_bytes
-            self._claims.let_go(spans)
+            if spans:
+                self._claims.let_go(spans)
         return Committed(tuple(range(first, last + 1)), delivered)
 
     def peek(self, limit: int, *, after_seq: int = 0) -> list[Row]:

@@ -54,7 +54,7 @@ class SpoolLock:
                 f"the spool {path} is in use by process {pid}",
                 hint="give each process a device id or a state directory of its own",
             ) from None
-        self._write(f"{os.getpid()}".ljust(_HOLDER_BYTES - 1) + "\n", 0)
+        self._write((b"%d" % os.getpid()).ljust(_HOLDER_BYTES - 1) + b"\n", 0)
 
     @property
     def closed(self) -> bool:
@@ -74,18 +74,19 @@ class SpoolLock:
         """After the commit that gave them: a power cut then leaves a note of fewer numbers than the journal, never of
         more. It is not synced, and on a disk without room it stays as it was.
         """
+        number = b"%020d" % next_seq
         if stream == self._stream:
-            self._write(f"{next_seq:0{_NUMBER_BYTES}d}", _HOLDER_BYTES + _STREAM_BYTES)
+            self._write(number, _HOLDER_BYTES + _STREAM_BYTES)
         else:
-            self._write(f"{stream:{_STREAM_BYTES}.{_STREAM_BYTES}}{next_seq:0{_NUMBER_BYTES}d}\n", _HOLDER_BYTES)
+            self._write(stream.encode().ljust(_STREAM_BYTES)[:_STREAM_BYTES] + number + b"\n", _HOLDER_BYTES)
             self._stream = stream
 
     def close(self) -> None:
         """Let go of it. A second call does nothing."""
         self._file.close()
 
-    def _write(self, text: str, at: int) -> None:
+    def _write(self, text: bytes, at: int) -> None:
         try:
-            os.pwrite(self._file.fileno(), text.encode(), at)
+            os.pwrite(self._file.fileno(), text, at)
         except OSError:  # of no use to a caller whose record is committed
             return
