@@ -6,10 +6,10 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version as distribution_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outrider._version import __version__
 from outrider.bundle import Variant, write_bundle
 from outrider_exporters.convert.files import engine_for, predict_file
 from outrider_exporters.golden import build_golden
@@ -136,7 +136,7 @@ def _bundle_name(path: Path) -> str:
 def _provenance(path: Path, model_format: str, *, given: bool) -> dict[str, Any]:
     engine = engine_for(model_format)
     return {
-        "made_by": {"outrider": distribution_version("outrider"), engine.name: engine.version()},
+        "made_by": {"outrider": __version__, engine.name: engine.version()},
         "source": {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()},
         "golden_inputs": "given" if given else f"random, seed {RANDOM_SEED}",
     }

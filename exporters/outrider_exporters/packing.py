@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from outrider._version import __version__
 from outrider.bundle import Golden, OffloadRule, Variant, write_bundle
 from outrider_exporters.data import Data, draw_rows, inputs_of_test
 from outrider_exporters.job import Job
@@ -128,7 +129,7 @@ def write(
         golden=golden,
         members={**members, **{_member(v, file.format): file.path for v, file in files.items()}},
         provenance={
-            "made_by": {"outrider": metadata.version("outrider")},
+            "made_by": {"outrider": __version__},
             "environment": environment(job.host),
             "recipe": job.recipe.to_dict(),
             "baseline": baseline,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from outrider._version import __version__
 from outrider.admit.strangers import ask_child, broken_strangers
 from outrider.bundle import find_trust, key_id
 from outrider.installer import admissions_of
@@ -118,7 +119,7 @@ def examine(patient: Patient) -> list[Check]:
 
 
 def _python(_: Patient) -> Iterable[Check]:
-    found = f"Python {platform.python_version()}, outrider {metadata.version('outrider')}, numpy {np.__version__}"
+    found = f"Python {platform.python_version()}, outrider {__version__}, numpy {np.__version__}"
     if not (3, 10) <= sys.version_info[:2] <= (3, 13):
         yield Check(
             name="python",

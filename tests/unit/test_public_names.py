@@ -147,6 +147,15 @@ def test_the_version_is_the_distributions() -> None:
     assert outrider.__version__ == version("outrider")
 
 
+def test_the_command_says_the_version_of_its_home() -> None:
+    program = (
+        "from outrider import _version; _version.__version__ = '9.8.7'; "
+        "from outrider.cli.commands import build_parser; build_parser().parse_args(['--version'])"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True)
+    assert said.stdout == "outrider 9.8.7\n"
+
+
 def test_importing_outrider_loads_the_standard_library_alone() -> None:
     modules = fresh("import outrider")
     assert packages(modules) - {"outrider", "outrider_runtimes"} <= set(sys.stdlib_module_names)

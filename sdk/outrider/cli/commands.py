@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
+from outrider._version import __version__
 from outrider.cli import agent, board, bundles, doctor, infer, serve, watch
 from outrider.cli.streams import silence_stdout, written
 from outrider.cli.text import shown
@@ -70,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="`outrider COMMAND --help` says more, with an example. Exit code: 0 done, 1 refused or failed, "
         "2 wrong usage.",
     )
-    parser.add_argument("--version", action="version", version=f"outrider {metadata.version('outrider')}")
+    parser.add_argument("--version", action="version", version=f"outrider {__version__}")
     commands = Commands(parser.add_subparsers(metavar="COMMAND", required=True))
     for room in (bundles, board, doctor, infer, serve, agent, watch):
         room.register(commands)

@@ -11,7 +11,6 @@ say names no model. ``/metrics`` and ``/v2/quality`` do name models, and need it
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from importlib import metadata
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -20,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from outrider._version import __version__
 from outrider.endpoint.calls import Calls
 from outrider.endpoint.faces import LIMITS, described, is_ready
 from outrider.endpoint.inference import Inference, check_token, refused
@@ -149,16 +149,15 @@ class Endpoint:
         self._limits = limits
         self._description: dict[str, object] = {}
         self._page = ""
-        self._version = metadata.version("outrider")
         self._about = {
             "name": "outrider",
-            "version": self._version,
+            "version": __version__,
             "extensions": [oip.BINARY_EXTENSION],
         }
 
     def describe(self, routes: list[Route], *, secured: bool) -> None:
         """Make the description of these routes, once."""
-        self._description = describe(routes, limits=self._limits, secured=secured, version=self._version)
+        self._description = describe(routes, limits=self._limits, secured=secured, version=__version__)
         self._page = page(self._description)
 
     def abandon(self) -> None:

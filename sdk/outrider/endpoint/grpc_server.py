@@ -25,9 +25,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from importlib import metadata
 from typing import Any
 
+from outrider._version import __version__
 from outrider.endpoint import callers
 from outrider.endpoint.faces import (
     LIMITS,
@@ -227,7 +227,7 @@ class _Service:
         return oip_grpc.encode("ServerReadyResponse", ready=is_ready(self._models, self._intake))
 
     def _about(self, data: bytes, context: Any) -> bytes:
-        return oip_grpc.encode("ServerMetadataResponse", name="outrider", version=metadata.version("outrider"))
+        return oip_grpc.encode("ServerMetadataResponse", name="outrider", version=__version__)
 
     def _model_ready(self, data: bytes, context: Any) -> bytes:
         ready = self._found("ModelReadyRequest", data).ready and not self._intake.stopping

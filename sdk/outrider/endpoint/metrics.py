@@ -12,10 +12,10 @@ import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from outrider._version import __version__
 from outrider_runtimes.deadline import Clock
 
 if TYPE_CHECKING:
@@ -329,5 +329,5 @@ def _process(turned_away: dict[int, int]) -> Iterator[Metric]:
     for status, count in sorted(turned_away.items()):
         away.add_metric([str(status)], count)
     build = GaugeMetricFamily("outrider_build_info", "The value is always 1.", labels=["version", "python", "machine"])
-    build.add_metric([metadata.version("outrider"), platform.python_version(), platform.machine()], 1)
+    build.add_metric([__version__, platform.python_version(), platform.machine()], 1)
     return iter((away, build))
