@@ -211,7 +211,9 @@ def test_an_acknowledgement_goes_through_its_bytes_and_lets_newer_keys_pass() ->
     payload = write_acknowledgement(said)
     assert read_acknowledgement(payload) == said
     assert read_acknowledgement(payload[:-1] + b',"newer":1}') == said
-    for wrong in (b"", b"{}", payload.replace(b"refused", b"perhaps"), payload.replace(b":7", b":-7")):
+    infinite = payload.replace(b'"data":{}', b'"data":{"x":1e999}')
+    assert infinite != payload
+    for wrong in (b"", b"{}", payload.replace(b"refused", b"perhaps"), payload.replace(b":7", b":-7"), infinite):
         with pytest.raises(Refusal):
             read_acknowledgement(wrong)
 

@@ -254,7 +254,14 @@ def write_acknowledgement(acknowledgement: Acknowledgement) -> bytes:
 
 def read_acknowledgement(payload: bytes) -> Acknowledgement:
     """The inverse of ``write_acknowledgement``; unknown keys pass. Raises Refusal, ``malformed``."""
-    fields = strictjson.parse(payload, _malformed, max_bytes=256 * 1024, max_depth=16, parse_int=strictjson.integer_64)
+    fields = strictjson.parse(
+        payload,
+        _malformed,
+        max_bytes=256 * 1024,
+        max_depth=16,
+        parse_int=strictjson.integer_64,
+        parse_float=strictjson.finite_float,
+    )
     kinds = {"command": str, "device": str, "name": str, "result": str, "reason": str, "detail": str, "data": dict}
     for name, kind in kinds.items():
         if not isinstance(fields.get(name), kind):
