@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,17 +52,17 @@ def run_program(program: str, *arguments: str, cache: Path | None = None) -> Ran
     if cache is not None:
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
         environment["PYTHONPYCACHEPREFIX"] = str(cache)
-    begun = time.perf_counter()
-    with subprocess.Popen(
-        [sys.executable, "-c", program + PEAK, *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
-    ) as process:  # fmt: skip
-        assert process.stdout is not None and process.stderr is not None
-        line = process.stdout.readline()
-        first_line_ms = (time.perf_counter() - begun) * 1e3
-        peak_kb, errors = process.stdout.read(), process.stderr.read()
-    if process.returncode != 0:
-        raise RuntimeError(errors.decode(errors="replace"))
+    with tempfile.TemporaryFile() as errors:
+        begun = time.perf_counter()
+        command = [sys.executable, "-c", program + PEAK, *arguments]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment) as process:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            first_line_ms = (time.perf_counter() - begun) * 1e3
+            peak_kb = process.stdout.read()
+        if process.returncode != 0:
+            errors.seek(0)
+            raise RuntimeError(errors.read().decode(errors="replace"))
     return Ran(first_line_ms=first_line_ms, peak_bytes=int(peak_kb) * 1024, said=json.loads(line))
 
 

@@ -57,6 +57,13 @@ def test_a_child_is_timed_and_weighed_and_its_word_taken() -> None:
         run_program("1 / 0")
 
 
+def test_a_child_that_complains_at_length_is_heard_to_its_end() -> None:
+    program = "import sys; sys.stderr.write('x' * 1_000_000); print(1); sys.exit(2) if sys.argv[1:] else None"
+    assert run_program(program).said == 1
+    with pytest.raises(RuntimeError, match=r"^x{1000000}$"):
+        run_program(program, "fail")
+
+
 def test_children_take_turns_and_the_first_round_is_not_kept(tmp_path: Path) -> None:
     log = tmp_path / "log"
     program = "import sys; open(sys.argv[1], 'a').write(sys.argv[2]); print(1)"
