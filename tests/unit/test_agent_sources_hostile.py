@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from outrider.agent.logs import LOGGER
 from outrider.agent.sourceconfig import (
     I2cConfig,
     MicrophoneConfig,
@@ -173,3 +174,12 @@ def test_messages_that_wait_are_bounded_by_their_bytes_too(monkeypatch: pytest.M
     assert source.dropped == 9
     source._message("next", bytes(100), False)
     assert source._take() == ("next", bytes(100))
+
+
+def test_the_log_names_the_topic_of_what_was_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger=LOGGER)
+    source = TopicSource(TopicConfig(topic="#", queue=1), parse_broker("mqtt://127.0.0.1"), device="pi")
+    source._message("old", b"", False)
+    source._message("new", b"", False)
+    assert source._take() == ("new", b"")
+    assert [record.fields for record in caplog.records] == [{"topic": "old", "dropped": 1}]

@@ -74,9 +74,9 @@ class TopicSource:
             self._waiting_bytes += len(payload)
             # The newest stays, whatever its size: it is refused by name, like an input of another kind.
             while len(self._waiting) > 1 and self._is_too_much():
-                _, oldest = self._waiting.popleft()
+                dropped, oldest = self._waiting.popleft()
                 self._waiting_bytes -= len(oldest)
-                self._drop(topic)
+                self._drop(dropped)
         self._came.set()
 
     def _is_too_much(self) -> bool:
