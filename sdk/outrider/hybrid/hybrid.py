@@ -44,7 +44,7 @@ from outrider_runtimes.errors import (
 )
 from outrider_runtimes.options import require_kind
 from outrider_runtimes.runner import Answer, Runner, first_ended, wait
-from outrider_runtimes.tensors import Array, Finite, Interface, Tensors, by_name, check_named
+from outrider_runtimes.tensors import Array, Finite, Interface, Tensors, by_name, compile_check
 
 __all__ = ["Hybrid"]
 
@@ -109,7 +109,9 @@ class Hybrid:
         self.interface: Interface = model.interface
         self.policy = policy
         # What a board lets pass unseen would be refused by every endpoint.
-        self._finite: Finite = "clip" if getattr(model, "finite", None) == "clip" else "reject"
+        finite: Finite = "clip" if getattr(model, "finite", None) == "clip" else "reject"
+        self._check = compile_check(self.interface, finite=finite)
+        self._names = [spec.name for spec in self.interface.inputs]
         self._by_margin = margin_of(policy, self.interface)
         _check_audits(policy, model)
         self._model = model
@@ -172,7 +174,7 @@ class Hybrid:
         try:
             within_ms = self.policy.deadline_ms if deadline_ms is None else deadline_ms
             deadline = Deadline.after_ms(within_ms, clock=self._clock)
-            checked = check_named(self.interface, by_name(self.interface, inputs), finite=self._finite)
+            checked = self._checked(inputs)
             outcome = self._answer(checked, deadline, private=bool(private) or self.policy.private)
         except Exception as error:
             self.tell_failure(error, inputs)
@@ -247,6 +249,10 @@ class Hybrid:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _checked(self, inputs: Tensors | Array) -> Tensors:
+        arrays = self._check(by_name(self.interface, inputs))
+        return dict(zip(self._names, arrays, strict=True))
 
     def _answer(self, inputs: Tensors, deadline: Deadline, *, private: bool) -> _Outcome:
         now_s = self._clock()
