@@ -128,6 +128,23 @@ def test_a_prediction_that_makes_no_record_is_lost_and_counted(tmp_path: Path) -
         assert (reporter.account().lost, reporter.account().enqueued) == (1, 2)
 
 
+def test_a_flood_of_what_makes_no_record_does_not_flood_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = Source()
+    with open_reporter(NOWHERE, tmp_path, metrics_interval_s=None) as reporter:
+        reporter.watch(source)
+        foreseen = a_prediction()._replace(reason="x" * 100_000)
+        unforeseen = type("Odd", (), {**dict.fromkeys(Odd), "timing_ms": None, "outputs": {}})()
+        for odd in [foreseen] * 3 + [unforeseen] * 6:
+            source.callbacks[0](odd)
+        assert reporter.flush(200.0)
+        assert reporter.account().lost == 9
+    said = [record for record in caplog.records if "cannot be made" in record.message]
+    assert [record.args[0] for record in said if isinstance(record.args, tuple)] == [1, 2, 4, 8]
+    assert [record.exc_info is not None for record in said] == [False, False, True, True]
+
+
 Odd = ("source", "reason", "variant", "engine", "bundle", "verified")
 
 

@@ -138,6 +138,7 @@ class Writer:
         """
         self.error = ""
         self._said = ""  # of it, in the log
+        self._unmade = 0
         self.drift: float | None = None
         self.unsynced = world.synchronised() is False
         self._spool: Spool | None = None
@@ -363,13 +364,19 @@ class Writer:
                     draft = self._draft(offered, to_wall_s)
                 except Exception as error:  # a source is the user's: what it tells may be anything
                     self.lose(1)
-                    log.error("a record that cannot be made: %s", error)
+                    self._tell_unmade(error)
                     continue
                 if draft is None:
                     self._aggregated += 1
                 else:
                     self._drafts.append(draft)
         return count
+
+    def _tell_unmade(self, error: Exception) -> None:
+        self._unmade += 1
+        if self._unmade & (self._unmade - 1) == 0:  # 1, 2, 4, 8...: a source that tells nonsense tells it every time
+            exc_info = None if isinstance(error, TelemetryError) else error
+            log.error("a record that cannot be made, %d so far: %s", self._unmade, error, exc_info=exc_info)
 
     def _draft(self, offered: _Offered | Draft | Failed, to_wall_s: float) -> Draft | None:
         """Count it; the record of it, or None for one that is not in the sample."""
