@@ -240,6 +240,35 @@ def test_what_a_dead_process_left_is_swept(store, tmp_path):
     assert blobs(store) == blobs_of(store.installed("tiny"))
 
 
+def test_what_cannot_be_swept_is_told_and_keeps_nothing_else(store, tmp_path, caplog):
+    install(store, make_bundle(tmp_path))
+    folder = store.root / "blobs" / "sha256"
+    strays = [folder / (digit * 64) for digit in "0123456789"]
+    for stray in strays:
+        stray.write_text("nobody's")
+    strays[5].unlink()
+    (strays[5] / "in").mkdir(parents=True)  # not even root unlinks it
+    store.sweep()
+    assert [stray for stray in strays if stray.exists()] == [strays[5]]
+    (said,) = caplog.messages
+    assert str(store.root) in said and strays[5].name in said
+
+
+def test_a_close_that_cannot_sweep_is_told_and_raises_nothing(store, tmp_path, caplog):
+    staged = store.add(make_bundle(tmp_path), NO_TRUST)
+    (store.root / "lock").unlink()
+    (store.root / "lock").mkdir()
+    staged.close()
+    (said,) = caplog.messages
+    assert str(store.root) in said
+
+
+def test_a_store_that_never_held_anything_is_swept_in_silence(store, caplog):
+    store.root.mkdir(exist_ok=True)
+    store.sweep()
+    assert caplog.messages == []
+
+
 def test_threads_that_install_at_once_all_succeed(store, tmp_path):
     paths = [make_bundle(tmp_path, name=f"n{index % 4}", seed=index) for index in range(12)]
     errors: list[BaseException] = []

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -54,8 +54,10 @@ class Staged:
         """Let go of it; blobs that nothing else uses go away. Does nothing the second time."""
         if self._staging.held:
             self._staging.release()
-            with suppress(OSError, StoreError):
+            try:
                 self._store.sweep()
+            except (OSError, StoreError) as error:
+                _warn_unswept(self._store.root, error)
 
     def __enter__(self) -> Staged:
         return self
@@ -382,21 +384,39 @@ class Store:
         """Under the lock. An unreadable record may name any blob, so then all blobs stay."""
         from outrider.store.staging import held_by, remove_tree
 
-        with suppress(OSError, StoreError):
+        try:
             keep = {digest for folder in self._tmp.iterdir() for digest in held_by(folder)}
-            for stray in (*self._names.glob(".*.tmp"), *self._back.glob(".*.tmp")):
-                stray.unlink()
+            self._unlink([*self._names.glob(".*.tmp"), *self._back.glob(".*.tmp")])
             for name in self.names():
                 record = self._record(name)
                 if record is None:
                     return
                 keep |= record.blobs
-            for blob in self._blobs.iterdir():
-                if blob.name not in keep:
-                    blob.unlink()
+            self._unlink([blob for blob in self._blobs.iterdir() if blob.name not in keep])
             for folder in builds_of(self.root).glob("*"):
                 if folder.name not in keep:
                     remove_tree(folder)
+        except FileNotFoundError:
+            return
+        except (OSError, StoreError) as error:
+            _warn_unswept(self.root, error)
+
+    def _unlink(self, strays: Iterable[Path]) -> None:
+        """One that cannot be removed keeps no other one."""
+        failure: OSError | None = None
+        for stray in strays:
+            try:
+                stray.unlink(missing_ok=True)
+            except OSError as error:
+                failure = error
+        if failure is not None:
+            _warn_unswept(self.root, failure)
+
+
+def _warn_unswept(root: Path, error: Exception) -> None:
+    import logging  # nothing that a load needs
+
+    logging.getLogger(__name__).warning("store %s: what nothing uses cannot be removed: %s", root, error)
 
 
 def _require_whole(earlier: Installed) -> None:
