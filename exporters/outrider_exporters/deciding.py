@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from outrider_exporters.choose import Candidate, Choice, choose, resolved
-from outrider_exporters.gates import QUANTIZATION_GATES, Figures, GateResult, Step, explain, gated_metric, judge
+from outrider_exporters.gates import QUANTIZATION_GATES, Figures, GateResult, Step, gated_metric, judge
 from outrider_exporters.job import Job
 from outrider_exporters.layers import LayerError, blame_text, layer_errors
 from outrider_exporters.packing import Built
@@ -102,11 +102,6 @@ def layers_of(job: Job, built: Built, variants: Sequence[str], rows: Tensors) ->
         except Exception as error:
             _log.warning("the layers of %s cannot be compared, so none is blamed: %s", variant, error)
     return {variant: layers for variant, layers in found.items() if layers}
-
-
-def explained(decision: Decision) -> str:
-    """The missed gates in words."""
-    return explain(decision.missed)
 
 
 def steps_to(

@@ -157,8 +157,8 @@ def _passes_label(node: Node, name: str, owners: Mapping[str, Node], errors: Map
     return node.operator in MOVES or (name not in errors and owners[name].weighted)
 
 
-def to_blame(layers: Sequence[LayerError], count: int = NAMED) -> tuple[LayerError, ...]:
-    """The layers that added most error, worst first; fewer than ``count`` where the others added next to nothing.
+def to_blame(layers: Sequence[LayerError]) -> tuple[LayerError, ...]:
+    """The layers that added most error, worst first; fewer than ``NAMED`` where the others added next to nothing.
 
     A layer that is several operators, as an unrolled recurrent one is, stands for its worst.
     """
@@ -166,7 +166,7 @@ def to_blame(layers: Sequence[LayerError], count: int = NAMED) -> tuple[LayerErr
     for layer in sorted(layers, key=lambda layer: -layer.added):
         if layer.added >= WORTH_NAMING:
             worst.setdefault(layer.layer, layer)
-    return tuple(worst.values())[:count]
+    return tuple(worst.values())[:NAMED]
 
 
 def blame_text(layers: Sequence[LayerError]) -> str:

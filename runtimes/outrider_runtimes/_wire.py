@@ -61,9 +61,6 @@ class Body:
         return self.size
 
 
-NO_BODY = Body()
-
-
 class Wire:
     """One connection and what was read ahead of it."""
 

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from outrider_runtimes._forked import tell_of_fork
 from outrider_runtimes._names import Address, literals, lookup
-from outrider_runtimes._wire import NO_BODY, Body, HttpReply, Wire, exchange_on
+from outrider_runtimes._wire import Body, HttpReply, Wire, exchange_on
 from outrider_runtimes.deadline import Deadline
 from outrider_runtimes.errors import (
     ConfigError,
@@ -116,17 +116,10 @@ class HttpClient:
         self._closing: Future[None] = Future()
         tell_of_fork(self)
 
-    def exchange(
-        self,
-        method: str,
-        target: str,
-        *,
-        deadline: Deadline,
-        headers: Mapping[str, str] | None = None,
-        body: Body = NO_BODY,
-        max_reply_bytes: int,
+    def get(
+        self, target: str, *, deadline: Deadline, headers: Mapping[str, str] | None = None, max_reply_bytes: int
     ) -> HttpReply:
-        """One request and its whole reply, whatever its status.
+        """One GET and its whole reply, whatever its status.
 
         A kept connection that the server has closed meanwhile is replaced once.
 
@@ -136,10 +129,7 @@ class HttpClient:
             ReplyError: a reply that HTTP or the bounds do not allow.
             RunnerClosed: the client was closed.
         """
-        head = self.head(method, target, headers or {})
-        if method == "POST":
-            head += b"Content-Length: %d\r\n" % body.size
-        return self.send(head + b"\r\n", body, deadline, max_reply_bytes)
+        return self.send(self.head("GET", target, headers or {}) + b"\r\n", Body(), deadline, max_reply_bytes)
 
     def head(self, method: str, target: str, headers: Mapping[str, str]) -> bytes:
         """A request's head without its end, for ``send``: what many requests begin with is made once."""
@@ -149,7 +139,7 @@ class HttpClient:
         return "\r\n".join([*lines, ""]).encode("latin-1")
 
     def send(self, head: bytes, body: Body, deadline: Deadline, max_reply_bytes: int) -> HttpReply:
-        """As ``exchange``, with a head that is whole: its content length is the body's."""
+        """As ``get``, with a body and a head that is whole: its content length is the body's."""
         kept = self._kept()
         if kept is not None:
             try:

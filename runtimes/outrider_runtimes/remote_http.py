@@ -91,9 +91,7 @@ class HttpTransport:
         )
 
     def _get(self, target: str, deadline: Deadline) -> Mapping[str, Any]:
-        http = self._client.exchange(
-            "GET", target, headers=self._headers, deadline=deadline, max_reply_bytes=MAX_METADATA_BYTES
-        )
+        http = self._client.get(target, headers=self._headers, deadline=deadline, max_reply_bytes=MAX_METADATA_BYTES)
         if http.status != 200:
             raise self._refused(http, deadline)
         check_time_to_decode(http.body, len(http.body), deadline)

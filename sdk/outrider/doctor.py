@@ -362,7 +362,7 @@ def _endpoint(patient: Patient) -> Iterable[Check]:
             found = f"{url} serves {model} ({remote.variant or 'variant unknown'})"
     else:
         with contextlib.closing(HttpClient(Origin.from_url(url))) as client:
-            reply = client.exchange("GET", "/v2/health/ready", deadline=deadline, max_reply_bytes=65536)
+            reply = client.get("/v2/health/ready", deadline=deadline, max_reply_bytes=65536)
         if reply.status != 200:
             cause = f"it answers {reply.status} to /v2/health/ready"
             cure = "look at its log; it may still be loading its models"

@@ -98,7 +98,7 @@ def test_a_remote_that_was_closed_is_closed_in_a_child():
 
 
 def exchange(client: HttpClient) -> str:
-    return client.exchange("GET", "/", deadline=Deadline.after_ms(90_000), max_reply_bytes=99).body.decode()
+    return client.get("/", deadline=Deadline.after_ms(90_000), max_reply_bytes=99).body.decode()
 
 
 def test_a_name_that_hangs_in_the_parent_is_not_waited_for_in_a_child(monkeypatch):

@@ -76,7 +76,7 @@ def hung_names(monkeypatch):
 
 
 def exchange(client: HttpClient, milliseconds: float | None):
-    return client.exchange("GET", "/", deadline=Deadline.after_ms(milliseconds), max_reply_bytes=1000)
+    return client.get("/", deadline=Deadline.after_ms(milliseconds), max_reply_bytes=1000)
 
 
 def test_a_resolver_that_hangs_holds_nobody_and_no_threads(hung_names):

@@ -253,16 +253,16 @@ def parse_config(raw: bytes, *, base: Path) -> Config:
     )
 
 
-def policy_from(table: Mapping[str, Any], *, at: str = "policy") -> Policy:
+def policy_from(table: Mapping[str, Any]) -> Policy:
     """A Policy from its fields, as a file or a command names them. Raises ConfigError that names the key."""
-    check_keys(table, {field.name: None for field in dataclasses.fields(Policy)}, at)
+    check_keys(table, {field.name: None for field in dataclasses.fields(Policy)}, "policy")
     values = dict(table)
     try:
         if values.get("budget") is not None:
-            values["budget"] = _budget(values["budget"], f"{at}.budget")
+            values["budget"] = _budget(values["budget"], "policy.budget")
         return Policy(**{"deadline_ms": None, **values})
     except (TypeError, OverflowError) as error:
-        raise ConfigError(f"{at}: {error}") from None
+        raise ConfigError(f"policy: {error}") from None
 
 
 def read_secret(file: Path | None, variable: str | None, environ: Mapping[str, str] = os.environ) -> str | None:

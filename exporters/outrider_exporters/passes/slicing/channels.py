@@ -33,7 +33,7 @@ class ChannelPart:
         importance = torch_pruning().importance.GroupMagnitudeImportance(p=2)(whole)
         if importance is None or not bool(torch.isfinite(importance).all()):
             raise ValueError("its channels cannot be weighed")
-        self._folds = max((_folds(graph, dep) for dep, _ in whole), default=1)
+        self._folds = max((_folds(dep) for dep, _ in whole), default=1)
         self._importance = normalised(importance.reshape(self._folds, -1).mean(0))
         self.targets = [dep.target.module for dep, _ in whole]
         self.made = [dep.target.module for dep, _ in whole if graph.is_out_channel_pruning_fn(dep.handler)]
@@ -122,7 +122,7 @@ def torch_pruning() -> Any:
     return package
 
 
-def _folds(graph: Any, dep: Any) -> int:
+def _folds(dep: Any) -> int:
     """Into how many equal parts a grouped layer of a dependency divides its channels; all must lose the same number."""
     module = dep.target.module
     if isinstance(module, nn.modules.conv._ConvNd):
