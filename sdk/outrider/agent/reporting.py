@@ -40,11 +40,12 @@ def open_reporter(
         ConfigError, MissingExtra, StateDirectoryError, TelemetryError: as Reporter and SparkplugNode do.
     """
     broker, inputs = config.broker, config.inputs
+    tls, credentials = broker_of(broker).tls, credentials_of(broker)
     reporter = Reporter(
         broker.url,
         device=config.device,
-        tls=broker_of(broker).tls,
-        credentials=credentials_of(broker),
+        tls=tls,
+        credentials=credentials,
         state=state,
         commit_interval_ms=broker.commit_interval_ms,
         max_bytes=broker.spool_max_bytes,
@@ -64,8 +65,8 @@ def open_reporter(
             broker.url,
             group=config.sparkplug.group,
             device=config.device,
-            tls=broker_of(broker).tls,
-            credentials=credentials_of(broker),
+            tls=tls,
+            credentials=credentials,
             state=state,
         )
     except BaseException:
