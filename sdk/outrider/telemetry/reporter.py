@@ -139,13 +139,7 @@ class Reporter:
         """
         broker = parse_broker(url, tls=tls)
         self.device = check_device(device)
-        interval_s = metrics_interval_s
-        settings = Settings(
-            commit_interval_s=check_number("commit_interval_ms", commit_interval_ms, most=LONGEST_MS) / 1000.0,
-            queue_size=check_whole("queue_size", queue_size),
-            sample=check_share("sample", sample),
-            metrics_interval_s=None if interval_s is None else check_number("metrics_interval_s", interval_s),
-        )
+        settings = _settings(commit_interval_ms, queue_size, sample, metrics_interval_s)
         check_whole("max_bytes", max_bytes)
         if max_age_s is not None:
             check_number("max_age_s", max_age_s, most=_LONGEST_AGE_S)
@@ -197,6 +191,9 @@ class Reporter:
             committed=self._publisher.wake,
             summarized=self._summarized,
         )
+        self._begin(path)
+
+    def _begin(self, path: Path) -> None:
         try:
             if was_left_open(path):  # whose it is, is asked here; what is in it, on the writer's thread
                 self._held = SpoolLock(path)
@@ -492,3 +489,14 @@ class Reporter:
             board=self._board,
             sources=[source for source, _ in self._watched],
         )
+
+
+def _settings(commit_interval_ms: float, queue_size: int, sample: float, metrics_interval_s: float | None) -> Settings:
+    """The writer's, checked. Raises ConfigError."""
+    interval_s = metrics_interval_s
+    return Settings(
+        commit_interval_s=check_number("commit_interval_ms", commit_interval_ms, most=LONGEST_MS) / 1000.0,
+        queue_size=check_whole("queue_size", queue_size),
+        sample=check_share("sample", sample),
+        metrics_interval_s=None if interval_s is None else check_number("metrics_interval_s", interval_s),
+    )
