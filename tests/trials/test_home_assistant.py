@@ -12,6 +12,7 @@ import pytest
 from outrider._version import __version__
 from outrider.telemetry import Reporter
 from outrider.telemetry.homeassistant import remove
+from outrider_runtimes.heat import Heat
 from support.agents import DEVICE, AgentProcess, Home, board
 from support.broker import wait_until
 from support.homeassistant import PINS, HomeAssistantProcess
@@ -22,6 +23,25 @@ pytestmark = [pytest.mark.slow, pytest.mark.trials, pytest.mark.timeout(1800)]
 
 ENTITIES = {"model", "model_version", "latency_p95", "temperature", "offload_share", "problem"}
 OTHER = "b.2_x"  # what an object id of Home Assistant cannot hold as it is
+# The agent's program on a board that has a sensor, which this machine may not have.
+WARM = """
+import sys
+from functools import partial
+from pathlib import Path
+from outrider.cli import main
+from outrider.telemetry import Reporter
+from outrider_runtimes.heat import read_heat
+Reporter.__init__.__kwdefaults__["heat"] = partial(read_heat, Path({root!r}))
+sys.exit(main())
+"""
+
+
+def warm(root: Path, thousandths: int) -> tuple[str, str]:
+    """The program of an agent that reads the board's heat in a sensor below ``root``."""
+    zone = root / "sys/class/thermal/thermal_zone0"
+    zone.mkdir(parents=True)
+    (zone / "temp").write_text(f"{thousandths}\n")
+    return "-c", WARM.format(root=str(root))
 
 
 def states(ha: HomeAssistantProcess, slug: str = "pi_07") -> dict[str, str]:
@@ -57,9 +77,11 @@ def found(ha: HomeAssistantProcess, home: Home) -> dict[str, Any]:
         "off",
     )
     assert 0.0 < float(shown["latency_p95"]) < 60_000.0
+    assert float(shown["temperature"]) == 51.5
     attributes = {name: each["attributes"] for name, each in ha.states("pi_07_").items()}
     assert attributes["pi_07_latency_p95"]["unit_of_measurement"] == "ms"
     assert attributes["pi_07_temperature"]["device_class"] == "temperature"
+    assert attributes["pi_07_temperature"]["unit_of_measurement"] == "\N{DEGREE SIGN}C"
     assert (attributes["pi_07_problem"]["problems"], attributes["pi_07_problem"]["failures"]) == ([], 0)
     told = "{{ device_attr(device_id('sensor.pi_07_model'), 'FIELD') }}"
     device = {field: ha.rendered(told.replace("FIELD", field)) for field in ("name", "manufacturer", "sw_version")}
@@ -69,7 +91,8 @@ def found(ha: HomeAssistantProcess, home: Home) -> dict[str, Any]:
 
 def another(ha: HomeAssistantProcess, home: Home, state: Path) -> dict[str, str]:
     """A second device, of which nothing is known but that something failed; and it can be taken out again."""
-    with Reporter(home.broker_url, device=OTHER, state=state, home_assistant=True, metrics_interval_s=0.2) as reporter:
+    options: dict[str, Any] = {"state": state, "home_assistant": True, "metrics_interval_s": 0.2, "heat": Heat}
+    with Reporter(home.broker_url, device=OTHER, **options) as reporter:
         reporter.failure(RuntimeError("it failed"))
         wait_until(lambda: states(ha, "b_2_x").get("problem") == "on", what="a problem is on")
         shown = states(ha, "b_2_x")
@@ -86,7 +109,7 @@ def test_the_agent_in_a_real_home_assistant(tmp_path: Path) -> None:
     with board(tmp_path) as home, HomeAssistantProcess(tmp_path / "ha") as ha:
         home.configure(broker="home_assistant = true\nmetrics_interval_s = 1")
         ha.add_broker(int(home.broker_url.rsplit(":", 1)[1]))
-        with AgentProcess(home) as agent:
+        with AgentProcess(home, program=warm(tmp_path / "board", 51_500)) as agent:
             seen = found(ha, home)
             nothing_known = another(ha, home, tmp_path / "other")
             agent.stop()
