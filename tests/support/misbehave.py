@@ -22,6 +22,12 @@ def answer() -> None:
     print(json.dumps({"event": "answer", "value": 42}), flush=True)
 
 
+def answer_when_seen() -> None:
+    """It stands still until SIGCONT."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+    answer()
+
+
 def complain() -> None:
     print("x" * 100_000, file=sys.stderr)
     print("the last words", file=sys.stderr)
@@ -120,7 +126,7 @@ def flood() -> None:
 
 
 ACTIONS = {action.__name__: action for action in (answer, complain, crash, hang, hang_deaf, leave_a_child)}
-ACTIONS |= {action.__name__: action for action in (burn, fill, open_files, babble, flood)}
+ACTIONS |= {action.__name__: action for action in (burn, fill, open_files, babble, flood, answer_when_seen)}
 ACTIONS |= {action.__name__: action for action in (fill_below, fill_in_shares, share, leave_a_group)}
 
 if __name__ == "__main__":

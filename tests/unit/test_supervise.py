@@ -12,7 +12,16 @@ from typing import Any
 
 import pytest
 
-from outrider.admit.supervise import Ended, Limits, default_rss_bytes, run_child, run_command, session_pids
+from outrider.admit import supervise
+from outrider.admit.supervise import (
+    Ended,
+    Limits,
+    default_rss_bytes,
+    resident_bytes,
+    run_child,
+    run_command,
+    session_pids,
+)
 from outrider_runtimes.environment import child_environment
 
 pytestmark = pytest.mark.slow
@@ -41,12 +50,21 @@ def wait_gone(pid: int) -> None:
         time.sleep(0.01)
 
 
-def test_a_child_that_answers_is_heard_and_its_memory_known() -> None:
-    ended, events = run("answer")
+def test_a_child_that_answers_is_heard_and_its_memory_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def look(pid: int) -> int:
+        seen.append(resident_bytes(pid))
+        os.kill(pid, signal.SIGCONT)  # it may end from now on
+        return seen[-1]
+
+    monkeypatch.setattr(supervise, "resident_bytes", look)
+    ended, events = run("answer_when_seen")
     assert (ended.how, ended.code) == ("exit", 0)
     assert [event["event"] for event in events] == ["begun", "answer"]
     assert events[1]["value"] == 42
     assert 0 < ended.peak_rss_bytes < LIMITS.rss_bytes
+    assert ended.peak_rss_bytes == max(seen)
 
 
 def test_an_interrupt_in_the_moment_in_which_it_starts_leaves_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
