@@ -28,7 +28,7 @@ from support.rehearsals import VARIANTS, make_bundle, unknown_operator_onnx
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-BOARDS = ("native", "x86-avx2", "pi3", "pi4", "pi5", "pi-32bit")
+BOARDS = ("native", "x86-avx2", "pi-zero-2", "pi3", "pi4", "pi5", "pi-32bit")
 # A dot product of bytes, and return: in the Pi 5's CPU, not in the Pi 4's and 3's.
 UDOT = "<II", 0x6E809400, 0xD65F03C0
 SHADOW = f"""
