@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 
+from outrider.model import Model, load
 from outrider.telemetry import Limits, Sink
 from outrider.telemetry.record import Range
 from outrider.telemetry.spool import Draft, Spool
 from support.broker import Mosquitto, wait_until
+from support.realbundles import close_to, images, make_real_bundle
 from support.telemetry import Source, a_draft
 from support.telemetry_trials import Impatient, open_reporter, record_trial
 from support.tmpfs import fill, small_disk
@@ -185,10 +187,19 @@ def test_70000_records_of_a_time_offline_arrive(tmp_path: Path) -> None:
 # The disk is full, or its bytes change.
 
 
+def infer_rightly(model: Model, *, calls: int) -> int:
+    """Each of them is answered, by the board, with what the model must say."""
+    for seed in range(calls):
+        prediction = model.infer(images(1, seed))
+        assert close_to(prediction.outputs, images(1, seed)) and prediction.source == "edge"
+    return calls
+
+
 def fill_disk(tmp_path: Path, *, rounds: int) -> dict[str, Any]:
-    """The disk fills up and has room again, over and over; whoever predicts does not notice."""
-    source = Source()
-    lost = 0
+    """The disk fills up and has room again, over and over; the model that is installed on it answers all the while."""
+    source = Source()  # it fills the queue faster than a model does
+    lost = inferred = 0
+    make_real_bundle(tmp_path / "tiny.outrider")
     with (
         # A cap that is not reached: a spool at its cap writes over what it dropped and needs no more of the disk.
         small_disk(tmp_path / "disk", size_kib=160 * 1024) as disk,
@@ -196,12 +207,19 @@ def fill_disk(tmp_path: Path, *, rounds: int) -> dict[str, Any]:
             *("mqtt://127.0.0.1:1", tmp_path),
             **{"state": disk, "queue_size": 500, "commit_interval_ms": 5.0, "max_bytes": 120_000_000},
         ) as reporter,
+        load(tmp_path / "tiny.outrider", state=disk) as model,
     ):
         reporter.watch(source)
+        reporter.watch(model)
         for _ in range(rounds):
             ballast = fill(disk)
             wait_until(lambda: source.predict(100) or "full" in reporter.spool_error)
+            inferred += infer_rightly(model, calls=100)
             source.predict(1000)
+            with load("tiny", state=disk) as started:
+                inferred += infer_rightly(started, calls=1)
+            inferred += infer_rightly(model, calls=100)
+            assert "full" in reporter.spool_error, "it was full all the while"
             account = reporter.account()
             assert account.enqueued == account.pending + account.delivered + account.dropped
             assert account.lost > lost, "what found the queue full"
@@ -212,7 +230,8 @@ def fill_disk(tmp_path: Path, *, rounds: int) -> dict[str, Any]:
             assert account.enqueued + account.lost == account.offered
             lost = account.lost
         assert reporter.spool.last_seq == account.offered, "what was lost are gaps in the numbers"
-    return {"times_full": rounds, "offered": account.offered, "committed": account.enqueued, "lost_in_memory": lost}
+    counts = {"offered": account.offered, "committed": account.enqueued, "lost_in_memory": lost}
+    return {"times_full": rounds, **counts, "inferred_while_full": inferred}
 
 
 def test_a_full_disk_a_share(tmp_path: Path) -> None:
