@@ -7,24 +7,29 @@ import platform
 import random
 import struct
 import subprocess
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from outrider.admit.admit import admit, default_limits
 from outrider.admit.supervise import Limits
 from outrider.bundle import Manifest, open_bundle
+from outrider.installer import install, rollback
+from outrider.model import Model, load
 from outrider_runtimes.errors import AdmissionError, NoEngine
-from support.realbundles import make_real_bundle
+from support.realbundles import images, make_real_bundle
 
 RESULTS = Path(__file__).parents[1] / "trials" / "results"
 ROOT = Path(__file__).parents[2]
 FIELDS = (0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)  # what a length or an offset is least ready for
 KINDS = ("truncated", "bytes", "field")
+INSTALL_EVERY = 10  # mutants, of which one goes the whole way; of each kind, since there are three
 
 
 def mutants(sources: Iterable[bytes], count: int, *, seed: int) -> Iterator[tuple[str, bytes]]:
@@ -41,6 +46,59 @@ def mutants(sources: Iterable[bytes], count: int, *, seed: int) -> Iterator[tupl
         else:
             struct.pack_into("<I", data, rng.randrange(len(data) - 3), rng.choice(FIELDS))
         yield kind, bytes(data)
+
+
+class Active:
+    """A bundle that is installed and loaded, in a state directory in which others are installed over it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._state = folder / "state"
+        self._turn = threading.Lock()
+        make_real_bundle(folder / "good.outrider", formats=("onnx", "tflite"))
+        install(folder / "good.outrider", state=self._state)
+        self._model = load("tiny", state=self._state)
+        self._before = _bits(self._model)
+
+    def answers(self) -> bool:
+        """Whether what is loaded gives the bits that it gave."""
+        return _bits(self._model) == self._before
+
+    def install(self, format_: str, data: bytes) -> str:
+        """What an install of a next version with that model file makes of it, as ``Ground.admitted`` says it. What was
+        active is loaded again and answers: at once where the install was refused, else after a rollback."""
+        assert data, "a bundle has no empty member"
+        with self._turn:
+            path = self._folder / "next.outrider"
+            make_real_bundle(path, version=2, formats=(format_,), files={format_: data})
+            try:
+                install(path, state=self._state, limits=tight_limits())
+            except (AdmissionError, NoEngine) as error:
+                outcome = _refusal(error)
+            else:
+                outcome = "admitted"
+                rollback("tiny", state=self._state)
+            with load("tiny", state=self._state) as again:
+                assert again.bundle == self._model.bundle
+                assert _bits(again) == self._before, f"a bundle that was {outcome} changed what is active"
+            return outcome
+
+    def __enter__(self) -> Active:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._model.close()
+
+
+def _bits(model: Model) -> bytes:
+    return model.predict(images(3))["logits"].tobytes()
+
+
+def _refusal(error: AdmissionError | NoEngine) -> str:
+    assert str(error) and "\n" not in str(error)
+    return type(error).__name__
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,21 +130,23 @@ class Ground:
         try:
             admit(self.manifest, members, builds={}, limits=limits or tight_limits())
         except (AdmissionError, NoEngine) as error:
-            assert str(error) and "\n" not in str(error)
-            return type(error).__name__
+            return _refusal(error)
         return "admitted"
 
-    def outcomes(self, tries: Iterable[tuple[str, bytes]], *, side_by_side: int) -> Counter[str]:
-        """How many of the tries ended how."""
+    def outcomes(self, tries: Iterable[tuple[str, bytes]], active: Active, *, side_by_side: int) -> Counter[str]:
+        """How many of the tries ended how. After each, what is active answers."""
 
         def one(numbered: tuple[int, tuple[str, bytes]]) -> str:
             number, (kind, data) = numbered
-            path = self.folder / f"{number}.model"
-            path.write_bytes(data)
-            try:
-                return f"{kind}: {self.admitted(path)}"
-            finally:
+            if number % INSTALL_EVERY == 0:
+                outcome = active.install(self.manifest.variants[0].format, data)
+            else:
+                path = self.folder / f"{number}.model"
+                path.write_bytes(data)
+                outcome = self.admitted(path)
                 path.unlink()
+            assert active.answers(), f"mutant {number}, which was {outcome}, changed what is loaded"
+            return f"{kind}: {outcome}"
 
         with ThreadPoolExecutor(side_by_side) as pool:
             return Counter(pool.map(one, enumerate(tries)))

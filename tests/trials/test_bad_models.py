@@ -13,12 +13,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from outrider.installer import install
-from outrider.model import load
 from support import tinymodels
-from support.mutants import Ground, mutants, tight_limits, write_results
+from support.mutants import INSTALL_EVERY, Active, Ground, mutants, tight_limits, write_results
 from support.opened import watched
-from support.realbundles import images, make_real_bundle
 from support.tflitefiles import Operator, Tensor, write_tflite
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -29,14 +26,9 @@ CORES = len(os.sched_getaffinity(0))
 
 
 @pytest.fixture(scope="module")
-def still_answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], bool]]:
-    """Whether a model that was active before gives the bits that it gave."""
-    folder = tmp_path_factory.mktemp("active")
-    make_real_bundle(folder / "good.outrider", formats=("onnx", "tflite"))
-    install(folder / "good.outrider", state=folder / "state")
-    with load("tiny", state=folder / "state") as model:
-        before = model.predict(images(3))["logits"].tobytes()
-        yield lambda: model.predict(images(3))["logits"].tobytes() == before
+def active(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Active]:
+    with Active(tmp_path_factory.mktemp("active")) as active:
+        yield active
 
 
 @pytest.fixture
@@ -88,14 +80,14 @@ def test_the_watch_sees_an_open_by_any_way(outside: Path) -> None:
 
 
 @pytest.mark.parametrize("trick", TRICKS)
-def test_external_data_is_refused_and_not_opened(outside: Path, still_answers: Callable[[], bool], trick: str) -> None:
+def test_external_data_is_refused_and_not_opened(outside: Path, active: Active, trick: str) -> None:
     ground = Ground.make(outside, "onnx")
     path = outside / "tricky.onnx"
     path.write_bytes(external(TRICKS[trick](outside)))
     with watched([outside / "weights.bin", outside.parent / "above.bin"]) as opened:
         assert ground.admitted(path) == "AdmissionError"
     assert opened == []
-    assert still_answers()
+    assert active.answers()
 
 
 def sources(ground: Ground, format_: str, folder: Path) -> list[bytes]:
@@ -105,34 +97,36 @@ def sources(ground: Ground, format_: str, folder: Path) -> list[bytes]:
     return [ground.model, external(str(folder / "weights.bin")), external("../above.bin")]
 
 
-def try_mutants(format_: str, count: int, outside: Path, *, side_by_side: int = 1) -> dict[str, int]:
+def try_mutants(format_: str, count: int, outside: Path, active: Active, *, side_by_side: int = 1) -> dict[str, int]:
     ground = Ground.make(outside, format_)
     tries = mutants(sources(ground, format_, outside), count, seed=count)
     with watched([outside / "weights.bin", outside.parent / "above.bin"]) as opened:
-        outcomes = ground.outcomes(tries, side_by_side=side_by_side)
+        outcomes = ground.outcomes(tries, active, side_by_side=side_by_side)
     assert opened == []
     assert sum(outcomes.values()) == count
     return dict(sorted(outcomes.items()))
 
 
+def test_a_mutant_may_be_admitted_and_is_gone_back_from(outside: Path, active: Active) -> None:
+    assert active.install("onnx", Ground.make(outside, "onnx").model) == "admitted"
+    assert active.install("onnx", b"no model") == "AdmissionError"
+    assert active.answers()
+
+
 @pytest.mark.parametrize("format_", ["onnx", "tflite"])
-def test_a_share_of_the_mutants(format_: str, outside: Path, still_answers: Callable[[], bool]) -> None:
-    outcomes = try_mutants(format_, SHARE, outside)
+def test_a_share_of_the_mutants(format_: str, outside: Path, active: Active) -> None:
+    outcomes = try_mutants(format_, SHARE, outside, active)
     assert any("Admission" in outcome for outcome in outcomes)
-    assert still_answers()
 
 
 @pytest.mark.trials
 @pytest.mark.parametrize("format_", ["onnx", "tflite"])
-def test_all_mutants(format_: str, outside: Path, still_answers: Callable[[], bool]) -> None:
+def test_all_mutants(format_: str, outside: Path, active: Active) -> None:
     begun = time.monotonic()
-    outcomes = try_mutants(format_, FULL, outside, side_by_side=CORES)
-    assert still_answers()
+    outcomes = try_mutants(format_, FULL, outside, active, side_by_side=CORES)
     taken_s = round(time.monotonic() - begun, 1)
-    write_results(
-        f"mutants-{format_}",
-        {"mutants": FULL, "outcomes": outcomes, "files_outside_opened": 0, "taken_s": taken_s},
-    )
+    counts = {"mutants": FULL, "outcomes": outcomes, "by_install": FULL // INSTALL_EVERY}
+    write_results(f"mutants-{format_}", {**counts, "files_outside_opened": 0, "taken_s": taken_s})
 
 
 def huge_tflite(folder: Path) -> bytes:
@@ -180,7 +174,7 @@ MONSTERS: dict[str, tuple[str, Callable[[Path], bytes], set[str]]] = {
 
 
 @pytest.mark.parametrize("name", MONSTERS)
-def test_one_that_hangs_or_eats_memory(outside: Path, still_answers: Callable[[], bool], name: str) -> None:
+def test_one_that_hangs_or_eats_memory(outside: Path, active: Active, name: str) -> None:
     format_, make, allowed = MONSTERS[name]
     ground = Ground.make(outside, format_)
     path = outside / "monster"
@@ -188,4 +182,4 @@ def test_one_that_hangs_or_eats_memory(outside: Path, still_answers: Callable[[]
     # What hangs is let run a little; memory may take its time to fill on a machine that is busy.
     limits = tight_limits(wall_s=5.0 if allowed == {"AdmissionHang"} else 120.0)
     assert ground.admitted(path, limits=limits) in allowed
-    assert still_answers()
+    assert active.answers()
