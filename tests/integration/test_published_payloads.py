@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -12,15 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from outrider.agent.commands import KINDS, Acknowledgement, acknowledgement_topic, command_topic
+from outrider.agent.sender import Sender
 from outrider.prediction import Prediction
 from outrider.telemetry import InputPolicy, Limits, Reporter, Sink
+from outrider.telemetry.mqtt import parse_broker
 from outrider.telemetry.record import MAX_PAYLOAD_BYTES, decode_batch, topics
 from outrider_runtimes import strictjson
 from outrider_runtimes.errors import DeadlineExceeded, ShapeError, TelemetryError
 from outrider_runtimes.heat import Heat
 from outrider_runtimes.runner import Timing
 from outrider_runtimes.tensors import Interface, TensorSpec
+from support.agents import DEVICE, AgentProcess, Home, board, until_heard
 from support.broker import Mosquitto, wait_until
+from support.keys import private_key
 from support.listener import Listener
 from support.telemetry import Source, a_prediction
 from support.telemetry_schema import complaints
@@ -141,3 +147,42 @@ def test_every_payload_that_goes_out_is_what_the_schema_says(broker: Mosquitto, 
             assert decode_batch(message.payload).malformed == 0
             seen.update(record["kind"] for record in said["records"])
     assert {*PAYLOADS, "prediction", "event", "input", "metrics"} <= set(seen), "each of them was seen"
+
+
+def told(home: Home) -> Iterator[Acknowledgement]:
+    """What a real agent says to every command, and to those that it does not take."""
+    broker = parse_broker(home.broker_url)
+    operator = Sender(broker=broker, device=DEVICE, key=private_key(1), timeout_s=150.0, expires_s=3600.0)
+    stranger = Sender(broker=broker, device=DEVICE, key=private_key(2), timeout_s=150.0, expires_s=3600.0)
+    until_heard(operator)
+    yield operator.send("ping")
+    yield operator.send("install", {"file": "tiny-2.outrider", "digest": home.second})
+    yield operator.send("rollback")
+    yield operator.send("pause")
+    yield operator.send("stats")
+    yield operator.send("resume")
+    yield operator.send("set_policy", {"policy": {"min_margin": 0.25, "offload_when_queued": False}})
+    yield operator.send("set_policy", {"policy": {"min_margin": 7}})
+    yield operator.send("install", {"file": "none.outrider"})
+    yield operator.send("install", {"file": "cut.outrider"})
+    yield stranger.send("pause")
+
+
+def test_every_command_and_what_an_agent_says_of_it_is_what_the_schema_says(tmp_path: Path) -> None:
+    with board(tmp_path) as home, Listener(int(home.broker_url.rsplit(":", 1)[1]), "outrider/v1/#") as listener:
+        home.configure(more='[cloud]\nurl = "http://127.0.0.1:9"\nmodel = "large"\n[policy]\ndeadline_ms = 50000\n')
+        (home.folder / "bundles" / "cut.outrider").write_bytes(b"cut")
+        with AgentProcess(home) as agent:
+            home.put("one", 1)
+            said = list(told(home))
+            wait_until(lambda: said[-1].command in listener.on(acknowledgement_topic(DEVICE))[-1].payload.decode())
+            agent.stop()
+    assert [each.result for each in said] == [*(7 * ["ok"]), "refused", "refused", "failed", "refused"]
+    assert {each.name for each in said} == set(KINDS)
+    for message in listener.heard:
+        what = message.topic.rsplit("/", 1)[1]
+        assert complaints(PAYLOADS.get(what, what), json.loads(message.payload)) == []
+    texts = [json.loads(json.loads(each.payload)["command"]) for each in listener.on(command_topic(DEVICE))]
+    assert [complaint for text in texts for complaint in complaints("command_text", text)] == []
+    answered = {json.loads(each.payload)["command"] for each in listener.on(acknowledgement_topic(DEVICE))}
+    assert {each.command for each in said} <= answered <= {text["id"] for text in texts}
