@@ -29,7 +29,11 @@ def models(installed: Installed) -> list[Path]:
 
 
 def cut(path: Path) -> None:
-    """In place: who has it open, or mapped, sees it."""
+    """In place: who has it open, or mapped, sees it.
+
+    LiteRT maps a file. Of the network here it has copies by its first call; one that looks into the file at each call,
+    such as a GATHER of a large table, dies of SIGBUS when another hand cuts it.
+    """
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size // 2)
 
