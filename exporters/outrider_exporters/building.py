@@ -183,12 +183,11 @@ def _convert(source: Source, job: Job, folder: Path) -> tuple[tuple[Plan, ...], 
 
 
 def _quantize(job: Job, plan: Plan, plain: ModelFile, path: Path, trained: Trained | None) -> ModelFile:
-    from outrider_exporters.convert.quantize import quantize_onnx, quantize_tflite
+    from outrider_exporters.convert.quantize import quantize_file
 
     given = job.context.data.calibration
     calibration = [job.context.example if given is None else given]
-    quantize = quantize_onnx if plan.format == "onnx" else quantize_tflite
-    return quantize(plain, calibration, job.interface, path, rule=plan.rule, trained=trained)
+    return quantize_file(plain, calibration, job.interface, path, rule=plan.rule, trained=trained)
 
 
 def _predictor(run: Callable[[Tensors], Any]) -> Predict:

@@ -81,7 +81,7 @@ def rescued(
         plain: the float32 file that the variant is made from.
         folder: for the file.
         holds: whether a file meets the gates.
-        trained: see ``quantize_onnx``.
+        trained: see ``quantize_file``.
 
     Raises:
         ExportError: ``evaluate`` failed.

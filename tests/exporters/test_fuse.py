@@ -7,7 +7,7 @@ from torch import nn
 
 from outrider_exporters.convert import parity, predict_file
 from outrider_exporters.convert.fuse import fuse_transposed
-from outrider_exporters.convert.quantize import quantize_tflite
+from outrider_exporters.convert.quantize import quantize_file
 from outrider_exporters.sources.module import torch_predict
 from support.converted import convert
 from support.networks import normal
@@ -65,7 +65,7 @@ def test_what_cannot_be_fused_stays(network):
 def test_the_interpreter_takes_the_int8_file(tmp_path):
     example = {"x": normal(64, 8)}
     made = convert(lived(Generator()), example, ["image"], tmp_path)
-    file = quantize_tflite(made.files["tflite"], [example], made.interface, tmp_path / "q")
+    file = quantize_file(made.files["tflite"], [example], made.interface, tmp_path / "q")
     wrong = parity(torch_predict(made.network, made.interface)(example), predict_file(file, made.interface)(example))
     assert wrong < 0.05
     assert np.isfinite(wrong)

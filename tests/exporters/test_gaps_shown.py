@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from outrider_exporters.convert.onnx import to_onnx
-from outrider_exporters.convert.quantize import quantize_onnx
+from outrider_exporters.convert.quantize import quantize_file
 from outrider_exporters.convert.tflite import to_tflite
 from outrider_exporters.known_gaps import KNOWN_GAPS
 from outrider_exporters.passes import Quantize
@@ -129,6 +129,6 @@ def test_it_fails_with_its_reason_and_the_other_way_works(tmp_path, network):
 def test_a_scheme_that_quantizes_next_to_nothing_is_refused(tmp_path, network, x, scheme):
     interface, file = convert("onnx", network, x, tmp_path)
     with pytest.raises(ExportError, match=rf"{scheme} quantized \d\.\d% of the weights") as caught:
-        quantize_onnx(file, [{"x": x}], interface, tmp_path / "q.onnx", rule=Quantize(scheme))
+        quantize_file(file, [{"x": x}], interface, tmp_path / "q.onnx", rule=Quantize(scheme))
     assert 'Quantize("weight-only") stores their weights in 8 bits' in caught.value.hint
-    quantize_onnx(file, [{"x": x}], interface, tmp_path / "q.onnx", rule=Quantize("weight-only"))
+    quantize_file(file, [{"x": x}], interface, tmp_path / "q.onnx", rule=Quantize("weight-only"))

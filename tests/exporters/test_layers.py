@@ -12,7 +12,7 @@ from networks.attention import Block as AttentionBlock
 from networks.keras_networks import build_text, library
 from networks.recurrent import LastStep
 from networks.tiny import mobilenet
-from outrider_exporters.convert.quantize import quantize_onnx, quantize_tflite
+from outrider_exporters.convert.quantize import quantize_file
 from outrider_exporters.layers import LayerError, Node, blame_text, compare, layer_errors, to_blame
 from outrider_exporters.passes import Quantize
 from outrider_exporters.sources.module import interface_from_module
@@ -123,7 +123,6 @@ def planted():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["onnx", "tflite"])
 def test_the_layer_that_an_outlier_breaks_is_found(planted, tmp_path, kind):
-    from outrider_exporters.convert import quantize
     from outrider_exporters.convert.onnx import to_onnx
     from outrider_exporters.convert.tflite import to_tflite
 
@@ -131,9 +130,8 @@ def test_the_layer_that_an_outlier_breaks_is_found(planted, tmp_path, kind):
     example = {"image": data.test[0]["image"][:2]}
     interface = interface_from_module(planted, example, ["logits"])
     convert = to_onnx if kind == "onnx" else to_tflite
-    quantized_by = quantize.quantize_onnx if kind == "onnx" else quantize.quantize_tflite
     plain = convert(planted, interface, example, tmp_path / f"float.{kind}")
-    quantized = quantized_by(plain, [data.calibration], interface, tmp_path / f"int8.{kind}")
+    quantized = quantize_file(plain, [data.calibration], interface, tmp_path / f"int8.{kind}")
     rows = {"image": data.test[0]["image"][:4]}
     layers = layer_errors(plain, quantized, interface, rows)
     assert {"features.0", "features.3", "head.1", "head.4"} <= {item.layer for item in layers}
@@ -148,14 +146,13 @@ def _both(module, example, outputs, folder, rules):
     from support.converted import convert
 
     made = convert(module, example, outputs, folder)
-    quantizers = {"onnx": quantize_onnx, "tflite": quantize_tflite}
     return {
         kind: (
             made.files[kind],
-            quantizers[kind](made.files[kind], [example], made.interface, folder / f"q.{kind}", rule=rules[kind]),
+            quantize_file(made.files[kind], [example], made.interface, folder / f"q.{kind}", rule=rules[kind]),
             made.interface,
         )
-        for kind in quantizers
+        for kind in made.files
     }
 
 

@@ -315,12 +315,12 @@ def test_packing_imports_no_torch(tmp_path):
 @pytest.mark.slow
 def test_a_quantized_tflite_file_takes_real_numbers(tmp_path):
     from outrider_exporters.convert import parity, predict_file
-    from outrider_exporters.convert.quantize import quantize_tflite
+    from outrider_exporters.convert.quantize import quantize_file
     from support.converted import convert
     from support.networks import SmallCnn, normal, seeded
 
     converted = convert(seeded(SmallCnn), {"image": normal(64, 1, 8, 8)}, ["logits"], tmp_path)
-    file = quantize_tflite(
+    file = quantize_file(
         converted.files["tflite"], [dict(converted.example)], converted.interface, tmp_path / "q.tflite"
     )
     report = package(file.path, output=tmp_path / "o")

@@ -8,7 +8,7 @@ import torch
 
 from outrider_exporters.convert import parity, predict_file
 from outrider_exporters.convert.onnx import to_onnx
-from outrider_exporters.convert.quantize import quantize_onnx, quantize_tflite, scheme_name
+from outrider_exporters.convert.quantize import quantize_file, scheme_name
 from outrider_exporters.convert.tflite import to_tflite
 from outrider_exporters.layers import layer_errors
 from outrider_exporters.passes import Quantize
@@ -34,7 +34,7 @@ def test_integer_operators_answer_as_the_pairs_do(made, tmp_path, activations):
     model, data, interface, rows = made
     plain = to_onnx(model, interface, rows, tmp_path / "float.onnx")
     rule = Quantize(operators="qoperator", activations=activations, observer="mse")
-    file = quantize_onnx(plain, [data.calibration], interface, tmp_path / "q.onnx", rule=rule)
+    file = quantize_file(plain, [data.calibration], interface, tmp_path / "q.onnx", rule=rule)
     kinds = {node.op_type for node in onnx.load(str(file.path)).graph.node}
     assert "QLinearConv" in kinds
     assert "Relu" not in kinds
@@ -48,8 +48,8 @@ def test_integer_operators_answer_as_the_pairs_do(made, tmp_path, activations):
 def test_float_edges_answer_as_int8_edges_do(made, tmp_path):
     model, data, interface, rows = made
     plain = to_tflite(model, interface, rows, tmp_path / "float.tflite")
-    inner = quantize_tflite(plain, [data.calibration], interface, tmp_path / "int8.tflite", rule=Quantize())
-    file = quantize_tflite(plain, [data.calibration], interface, tmp_path / "q.tflite", rule=Quantize(io="float"))
+    inner = quantize_file(plain, [data.calibration], interface, tmp_path / "int8.tflite", rule=Quantize())
+    file = quantize_file(plain, [data.calibration], interface, tmp_path / "q.tflite", rule=Quantize(io="float"))
     tensors = [*file.binding.inputs, *file.binding.outputs]
     assert [(tensor.dtype, tensor.scale) for tensor in tensors] == [("float32", None)] * 2
     assert {tensor.dtype for tensor in (*inner.binding.inputs, *inner.binding.outputs)} == {"int8"}

@@ -11,8 +11,7 @@ from outrider_exporters import Quantize
 from outrider_exporters.convert import ModelFile, parity, predict_file
 from outrider_exporters.convert.quantize import (
     is_quantized_onnx,
-    quantize_onnx,
-    quantize_tflite,
+    quantize_file,
     quantized_share_onnx,
     quantized_share_tflite,
 )
@@ -23,9 +22,8 @@ from support.networks import digits, normal, seeded, trained_cnn
 
 pytestmark = pytest.mark.slow
 
-QUANTIZERS = {"onnx": quantize_onnx, "tflite": quantize_tflite}
+FORMATS = ["onnx", "tflite"]
 SHARES = {"onnx": quantized_share_onnx, "tflite": quantized_share_tflite}
-FORMATS = sorted(QUANTIZERS)
 
 
 class Dense(nn.Module):
@@ -55,7 +53,7 @@ def cnn(tmp_path_factory) -> Converted:
 
 def make(made: Converted, model_format: str, folder, rule: Quantize) -> ModelFile:
     path = folder / f"q.{model_format}"
-    return QUANTIZERS[model_format](made.files[model_format], [made.example], made.interface, path, rule=rule)
+    return quantize_file(made.files[model_format], [made.example], made.interface, path, rule=rule)
 
 
 def error(made: Converted, file: ModelFile) -> float:

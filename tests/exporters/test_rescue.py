@@ -7,7 +7,7 @@ import pytest
 
 from outrider_exporters import Quantize
 from outrider_exporters.convert import predict_file
-from outrider_exporters.convert.quantize import quantize_onnx, quantize_tflite
+from outrider_exporters.convert.quantize import quantize_file
 from outrider_exporters.convert.rescue import losers_of, rescue
 from outrider_runtimes.errors import ConfigError
 from support.converted import Converted, convert
@@ -16,7 +16,7 @@ from support.outlier import TRAIN_ROWS, planted, trained
 
 pytestmark = pytest.mark.slow
 
-QUANTIZERS = {"onnx": quantize_onnx, "tflite": quantize_tflite}
+FORMATS = ["onnx", "tflite"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def accuracy(made: Converted, file) -> float:
     return float((given.argmax(-1) == targets[TRAIN_ROWS:]).mean())
 
 
-@pytest.mark.parametrize("model_format", sorted(QUANTIZERS))
+@pytest.mark.parametrize("model_format", FORMATS)
 def test_an_outlier_is_found_and_kept_in_float(outlier, tmp_path, model_format):
     source, calibration = outlier.files[model_format], [outlier.example]
     exact = accuracy(outlier, source)
@@ -42,7 +42,7 @@ def test_an_outlier_is_found_and_kept_in_float(outlier, tmp_path, model_format):
     def quantized(*names: str):
         path = tmp_path / "by-hand"
         rule = Quantize(keep_float=names)
-        return QUANTIZERS[model_format](source, calibration, outlier.interface, path, rule=rule)
+        return quantize_file(source, calibration, outlier.interface, path, rule=rule)
 
     assert exact > 0.9
     assert not holds(quantized())
@@ -66,12 +66,12 @@ def test_an_outlier_is_found_and_kept_in_float(outlier, tmp_path, model_format):
     assert found.file.path == tmp_path / "q"
     assert found.file.scheme.endswith("-mixed")
     assert "first" in found.text and "second" in found.text
-    again = QUANTIZERS[model_format](source, calibration, outlier.interface, tmp_path / "again", rule=found.rule)
+    again = quantize_file(source, calibration, outlier.interface, tmp_path / "again", rule=found.rule)
     assert again.path.read_bytes() == found.file.path.read_bytes()  # the rule says it all
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "by-hand", "q"]
 
 
-@pytest.mark.parametrize("model_format", sorted(QUANTIZERS))
+@pytest.mark.parametrize("model_format", FORMATS)
 def test_a_bound_out_of_reach_leaves_nothing_behind(outlier, tmp_path, model_format):
     source = outlier.files[model_format]
     asked = []
@@ -94,7 +94,7 @@ def test_the_observers_differ_where_there_is_an_outlier(outlier, tmp_path):
     source = outlier.files["onnx"]
     sizes = {}
     for observer in ("min-max", "percentile", "mse"):
-        file = quantize_onnx(
+        file = quantize_file(
             source, [outlier.example], outlier.interface, tmp_path / observer, rule=Quantize(observer=observer)
         )
         sizes[observer] = accuracy(outlier, file)

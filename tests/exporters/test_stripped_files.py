@@ -10,7 +10,7 @@ import pytest
 
 from outrider_exporters.convert import predict_file
 from outrider_exporters.convert.files import open_session
-from outrider_exporters.convert.quantize import quantize_onnx, quantize_tflite
+from outrider_exporters.convert.quantize import quantize_file
 from outrider_exporters.convert.strip import stripped
 from outrider_exporters.passes import Quantize
 from support.converted import convert
@@ -18,7 +18,7 @@ from support.networks import Recurrent, SmallCnn, TokenClassifier, TwoSided, nor
 
 pytestmark = pytest.mark.slow
 
-QUANTIZERS = {"onnx": quantize_onnx, "tflite": quantize_tflite}
+FORMATS = ["onnx", "tflite"]
 NETWORKS = {
     "cnn": (SmallCnn, {"image": normal(6, 1, 8, 8)}, ["scores"]),
     "lstm": (Recurrent, {"x": normal(6, 6, 8)}, ["scores"]),
@@ -26,8 +26,8 @@ NETWORKS = {
     "sides": (TwoSided, {"vector": normal(6, 5), "image": normal(6, 3, 8, 8)}, ["spare", "map", "score", "choice"]),
 }
 CASES = [
-    *((name, kind, None) for name in NETWORKS for kind in QUANTIZERS),
-    *(("cnn", kind, Quantize()) for kind in QUANTIZERS),
+    *((name, kind, None) for name in NETWORKS for kind in FORMATS),
+    *(("cnn", kind, Quantize()) for kind in FORMATS),
     ("cnn", "onnx", Quantize(operators="qoperator", activations="uint8")),
     ("cnn", "tflite", Quantize("float16")),
     ("lstm", "onnx", Quantize("weight-only")),
@@ -54,7 +54,7 @@ def test_a_file_without_names_is_smaller_and_answers_the_same_bits(converted, tm
     made = converted(name)
     example, file = made.example, made.files[kind]
     if rule is not None:
-        file = QUANTIZERS[kind](file, [example], made.interface, tmp_path / f"q.{kind}", rule=rule)
+        file = quantize_file(file, [example], made.interface, tmp_path / f"q.{kind}", rule=rule)
     light = stripped(file, made.interface, example, tmp_path / f"light.{kind}")
     assert light.path == tmp_path / f"light.{kind}"
     assert light.path.stat().st_size < file.path.stat().st_size

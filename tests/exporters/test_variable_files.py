@@ -13,7 +13,7 @@ from torch import nn
 from outrider_exporters.convert import ModelFile, parity, predict_file
 from outrider_exporters.convert.files import bind, check_file, open_session, parity_at_sizes
 from outrider_exporters.convert.onnx import to_onnx
-from outrider_exporters.convert.quantize import quantize_onnx, quantize_tflite
+from outrider_exporters.convert.quantize import quantize_file
 from outrider_exporters.convert.strip import stripped
 from outrider_exporters.convert.tflite import to_tflite
 from outrider_exporters.passes import Quantize
@@ -147,7 +147,7 @@ def test_an_onnx_file_takes_images_of_any_size(resizer, size):
 @pytest.mark.parametrize("scheme", ["dynamic", "weight-only"])
 def test_smaller_onnx_files_take_any_length(encoder, tmp_path, scheme):
     path = tmp_path / "q.onnx"
-    file = quantize_onnx(encoder.onnx, [encoder.example], encoder.interface, path, rule=Quantize(scheme))
+    file = quantize_file(encoder.onnx, [encoder.example], encoder.interface, path, rule=Quantize(scheme))
     assert file.sizes == encoder.sizes
     for length in (2, 5, 8, 33):
         assert encoder.error(file, ids(length, rows=8)) <= MAX_INT8_PARITY
@@ -194,7 +194,7 @@ def test_int8_signatures_share_their_weights(encoder, single, tmp_path):
     light = []
     for name, file in (("several", encoder.tflite), ("single", single)):
         calibration, path = [encoder.rows(file.sizes[0])], tmp_path / f"{name}.tflite"
-        small = quantize_tflite(file, calibration, encoder.interface, path, rule=Quantize("dynamic"))
+        small = quantize_file(file, calibration, encoder.interface, path, rule=Quantize("dynamic"))
         light.append(stripped(small, encoder.interface, encoder.example, tmp_path / f"{name}-light.tflite"))
         for sizes in light[-1].sizes:
             assert encoder.error(light[-1], encoder.rows(sizes)) <= MAX_INT8_PARITY
@@ -208,13 +208,13 @@ def test_int8_signatures_share_their_weights(encoder, single, tmp_path):
 @pytest.mark.parametrize("scheme", ["weight-only", "float16"])
 def test_other_forms_keep_their_signatures(cells, tmp_path, scheme):
     rule, calibration = Quantize(scheme), [cells.rows({"T": 3})]
-    file = quantize_tflite(cells.tflite, calibration, cells.interface, tmp_path / "q.tflite", rule=rule)
+    file = quantize_file(cells.tflite, calibration, cells.interface, tmp_path / "q.tflite", rule=rule)
     assert max(cells.error(file, cells.rows(sizes)) for sizes in file.sizes) <= MAX_INT8_PARITY
 
 
 def test_static_int8_of_several_signatures_is_a_known_gap(encoder, tmp_path):
     with pytest.raises(ExportError, match="the other signatures have no ranges") as caught:
-        quantize_tflite(encoder.tflite, [encoder.example], encoder.interface, tmp_path / "q.tflite")
+        quantize_file(encoder.tflite, [encoder.example], encoder.interface, tmp_path / "q.tflite")
     assert 'Quantize("dynamic")' in caught.value.hint
     assert not list(tmp_path.iterdir())
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from outrider_exporters import Data, Quantize
 from outrider_exporters.convert import ModelFile, predict_file
 from outrider_exporters.convert.onnx import to_onnx
-from outrider_exporters.convert.quantize import quantize_onnx, quantize_tflite
+from outrider_exporters.convert.quantize import quantize_file
 from outrider_exporters.convert.tflite import to_tflite
 from outrider_exporters.convert.trained import Trained
 from outrider_exporters.passes.base import PassContext
@@ -21,7 +21,7 @@ from outrider_exporters.sources.module import PositionalModule, interface_from_m
 from support.networks import digits
 
 TRAIN_ROWS = 1200
-CONVERTERS = {"onnx": (to_onnx, quantize_onnx), "tflite": (to_tflite, quantize_tflite)}
+CONVERTERS = {"onnx": to_onnx, "tflite": to_tflite}
 Fit = Callable[[nn.Module, object], None]
 
 
@@ -70,16 +70,15 @@ def digits_context(network: nn.Module, fit: Fit | None) -> tuple[PositionalModul
 
 
 def float_file(kind: str, network: nn.Module, work: PassContext, folder: Path) -> ModelFile:
-    return CONVERTERS[kind][0](network, work.interface, work.example, folder / f"plain.{kind}")
+    return CONVERTERS[kind](network, work.interface, work.example, folder / f"plain.{kind}")
 
 
 def int8_file(
     plain: ModelFile, work: PassContext, folder: Path, rule: Quantize, trained: Trained | None = None
 ) -> ModelFile:
     """The static int8 file of a float file; calibrated anew where nothing was trained."""
-    quantize = CONVERTERS[plain.format][1]
     path = folder / f"int8.{plain.format}"
-    return quantize(plain, [work.data.calibration], work.interface, path, rule=rule, trained=trained)
+    return quantize_file(plain, [work.data.calibration], work.interface, path, rule=rule, trained=trained)
 
 
 def accuracy(file: ModelFile, work: PassContext) -> float:

@@ -49,7 +49,7 @@ TFLITE_FLOAT16 = 1  # of the schema's TensorType
 _QUANTIZED_OPERATORS = ("Quantize", "QLinear", "Integer", "NBits", "QGemm", "QAttention")
 
 
-def quantize_onnx(
+def quantize_file(
     source: ModelFile,
     calibration: Sequence[Tensors],
     interface: Interface,
@@ -58,7 +58,9 @@ def quantize_onnx(
     rule: Quantize | None = None,
     trained: Trained | None = None,
 ) -> ModelFile:
-    """A float32 ONNX file made smaller under a rule. Inputs and outputs stay float.
+    """A float32 file made smaller under a rule.
+
+    Inputs and outputs stay float, but for static int8 in TFLite: there they are int8, with their scales in the binding.
 
     Args:
         calibration: inputs at the interface, each with one row or more. ``int8`` takes the ranges of activations from
@@ -73,37 +75,8 @@ def quantize_onnx(
         ExportError: no calibration rows, an already quantized file, next to nothing could be quantized, or the file
             rounds a tensor that was not trained to be rounded.
     """
-    return _quantize(source, calibration, interface, path, rule=rule or Quantize(), trained=trained, kind="onnx")
-
-
-def quantize_tflite(
-    source: ModelFile,
-    calibration: Sequence[Tensors],
-    interface: Interface,
-    path: Path,
-    *,
-    rule: Quantize | None = None,
-    trained: Trained | None = None,
-) -> ModelFile:
-    """A float32 TFLite file made smaller under a rule. Arguments and errors: see ``quantize_onnx``.
-
-    Static int8 has int8 inputs and outputs, whose scales are in the binding; the other schemes keep them float.
-    """
-    return _quantize(source, calibration, interface, path, rule=rule or Quantize(), trained=trained, kind="tflite")
-
-
-def _quantize(
-    source: ModelFile,
-    calibration: Sequence[Tensors],
-    interface: Interface,
-    path: Path,
-    *,
-    rule: Quantize,
-    trained: Trained | None,
-    kind: str,
-) -> ModelFile:
-    _check_format(source, kind)
-    tool = _TOOLS[kind]
+    rule = rule or Quantize()
+    tool = _TOOLS[source.format]
     _refuse_signatures(source, rule)
     rows = encoded_rows(source, calibration, interface, batch=CALIBRATION_BATCH)
     _refuse_quantized(source, tool.is_quantized(source.path))
@@ -230,11 +203,6 @@ def quantized_share_tflite(path: Path) -> float:
 
 def _share(quantized: int, floating: int) -> float:
     return quantized / (quantized + floating) if quantized else 0.0
-
-
-def _check_format(source: ModelFile, wanted: str) -> None:
-    if source.format != wanted:
-        raise ExportError(f"{source.path.name} is a {source.format} file, expected {wanted}")
 
 
 def _refuse_signatures(source: ModelFile, rule: Quantize) -> None:

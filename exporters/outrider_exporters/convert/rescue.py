@@ -112,7 +112,7 @@ def losers_of(
         on_trial: called before each trial with how many were made, how many there are to make, and what is tried.
 
     Raises:
-        InputError, ExportError: as ``quantize_onnx``.
+        InputError, ExportError: as ``quantize_file``.
     """
     return _losers(_Bench(source, calibration, interface, rule or Quantize()), on_trial)
 
@@ -131,18 +131,18 @@ def rescue(
     """An int8 file with the fewest layers in float with which a bound holds.
 
     Args:
-        source, calibration, interface: as ``quantize_onnx`` takes them.
+        source, calibration, interface: as ``quantize_file`` takes them.
         path: of the file; written in one step, nothing is left there where no such file was found.
         holds: whether a file meets the bound; the file is gone afterwards.
         rule: of scheme ``int8``; what it keeps in float already stays.
-        trained: see ``quantize_onnx``.
+        trained: see ``quantize_file``.
         on_trial: see ``losers_of``.
 
     Returns:
         None where the bound holds with no file that has a share of its weights in int8.
 
     Raises:
-        InputError, ExportError: as ``quantize_onnx``.
+        InputError, ExportError: as ``quantize_file``.
     """
     bench = _Bench(source, calibration, interface, rule or Quantize(), trained)
     losers = _losers(bench, on_trial)
