@@ -11,6 +11,7 @@ import numpy as np
 
 from outrider_runtimes.engines import Session
 from outrider_runtimes.errors import InferenceError, ModelLoadError, ShapeError
+from outrider_runtimes.nouns import filled
 from outrider_runtimes.quantized import dequantizer, quantizer
 from outrider_runtimes.runner import Answer, Timing
 from outrider_runtimes.tensors import (
@@ -115,15 +116,15 @@ class BoundSession:
         waiting = perf_counter_ns()
         with self._lock:
             begun = perf_counter_ns()
-            raw = self._run_rows(encoded)
+            raw = self._run(encoded) if self._fixed_rows is None else self._run_rows(encoded, self._fixed_rows)
         ran = perf_counter_ns()
         outputs = dict(zip(self._names, raw)) if self._plain_out else self._decoded(raw, arrays)  # noqa: B905
         done = perf_counter_ns()
-        timing = Timing(
+        timing = filled(Timing, (
             (begun - waiting) * 1e-6, (waiting - start) * 1e-6, (ran - begun) * 1e-6, (done - ran) * 1e-6,
             0.0, (done - start) * 1e-6,
-        )  # fmt: skip
-        return Answer(outputs, timing)
+        ))  # fmt: skip
+        return filled(Answer, (outputs, timing, None))
 
     def close(self) -> None:
         """Free the session. A call that is running ends first."""
@@ -151,11 +152,8 @@ class BoundSession:
     def _by_name(self, arrays: list[Array]) -> dict[str, Array]:
         return {spec.name: array for spec, array in zip(self.interface.inputs, arrays, strict=True)}
 
-    def _run_rows(self, encoded: list[Array]) -> Sequence[Array]:
+    def _run_rows(self, encoded: list[Array], fixed: _FixedRows) -> Sequence[Array]:
         """The file's outputs in the interface's order, for as many rows as ``encoded`` has."""
-        fixed = self._fixed_rows
-        if fixed is None:
-            return self._run(encoded)
         rows = encoded[fixed.at].shape[fixed.axis]
         if rows == fixed.rows:
             return self._run(encoded)

@@ -26,6 +26,7 @@ from outrider_runtimes.errors import (
     RunnerClosed,
     StoreError,
 )
+from outrider_runtimes.nouns import filled
 from outrider_runtimes.options import require_kind
 from outrider_runtimes.runner import CLOSE_TIMEOUT_S, Answer, Drop, Served, wait
 from outrider_runtimes.tensors import Array, Finite, Interface, Tensors, by_name
@@ -377,14 +378,12 @@ class Model:
         except Exception as error:
             self.tell_failure(error, inputs)
             raise
-        served = answer.served or self._served
-        prediction = Prediction(
-            outputs=answer.outputs,
-            variant=served.variant,
-            engine=served.engine,
-            bundle=served.bundle,
-            verified=served.verified,
-            timing_ms=answer.timing_ms,
+        outputs, timing, served = answer
+        if served is None:
+            served = self._served
+        prediction = filled(
+            Prediction,
+            (outputs, served.variant, served.engine, served.bundle, served.verified, timing, "edge", "local"),
         )
         self._watchers.tell(prediction)
         return prediction

@@ -37,7 +37,9 @@ _NOTHING: Final = Account(enqueued=0, delivered=0, pending=0, dropped=0)
 
 # A prediction on its way to the writer: when (monotonic s), source, reason, variant, engine, bundle, verified, timing,
 # and a copy of what is judged of it. Its outputs are not kept: they may be large, and they are the caller's.
-_Offered = tuple[float, str, str, str, str, str, bool, Timing, bytes | None, Judged | None]
+# A Prediction without its outputs, which are its first field: what is taken of each in one step.
+_Told = tuple[str, str, str, bool, Timing, str, str]
+_Offered = tuple[float, _Told, bytes | None, Judged | None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,9 +215,7 @@ class Writer:
 
         def offer(p: Any) -> None:
             if len(queue) < limit:
-                queue.append(
-                    (clock(), p.source, p.reason, p.variant, p.engine, p.bundle, p.verified, p.timing_ms, None, None)
-                )
+                queue.append((clock(), p[1:], None, None))
             else:
                 lose(1)
 
@@ -231,9 +231,7 @@ class Writer:
                 return
             said = p.outputs[output] if waiting < most and output in p.outputs else None
             data = said.tobytes() if said is not None and said.nbytes <= most_bytes else None
-            queue.append(
-                (clock(), p.source, p.reason, p.variant, p.engine, p.bundle, p.verified, p.timing_ms, data, judged)
-            )
+            queue.append((clock(), p[1:], data, judged))
 
         return offer_judged
 
@@ -387,7 +385,7 @@ class Writer:
             name = "inference_refused" if offered.refused else "inference_failed"
             failed = {"name": name, "fields": {"error": offered.error}}
             return self._row(EVENT, failed, at_s=offered.at_s, to_wall_s=to_wall_s, priority=LOW)
-        at_s, source, reason, variant, engine, bundle, verified, timing, said, judged = offered
+        at_s, (variant, engine, bundle, verified, timing, source, reason), said, judged = offered
         self._tally.predicted(source, reason, variant, timing.total)
         if said is not None and judged is not None:
             self._tally.judge(judged, said)
