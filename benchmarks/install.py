@@ -1,6 +1,6 @@
 """What a device's install weighs: resolved by pip for the board's platform, unpacked, and summed by package.
 
-Nothing is run here: `make test-boards` runs the same wheels on emulated boards.
+Nothing is run here: tests/boards/test_device_install.py runs what is resolved here on emulated boards.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def run(folder: Path) -> dict[str, Any]:
     return {"python": "3.11", "installs": found}
 
 
-def _sizes(site: Path, machine: str, extras: tuple[str, ...]) -> dict[str, int]:
-    """Bytes by top-level folder of what pip unpacks for that machine, and of Outrider's own device packages."""
+def unpack(site: Path, machine: str, extras: tuple[str, ...]) -> None:
+    """Have pip resolve and unpack what Outrider with these extras needs on that machine, from wheels alone."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [*project["dependencies"], *(item for extra in extras for item in project["optional-dependencies"][extra])]
     by_hand = FROM_DEBIAN[machine]
@@ -53,6 +53,11 @@ def _sizes(site: Path, machine: str, extras: tuple[str, ...]) -> dict[str, int]:
     options = [option for option in pip_options(RECIPES[machine]) if by_hand or option != "--no-deps"]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
     subprocess.run([*pip, *options, "--target", site, *wanted], check=True)
+
+
+def _sizes(site: Path, machine: str, extras: tuple[str, ...]) -> dict[str, int]:
+    """Bytes by top-level folder of what pip unpacks for that machine, and of Outrider's own device packages."""
+    unpack(site, machine, extras)
     sizes = {entry.name: _weight(entry) for entry in site.iterdir() if not entry.name.endswith(".dist-info")}
     return sizes | {
         name: _weight(ROOT / at / name) for at, name in (("sdk", "outrider"), ("runtimes", "outrider_runtimes"))

@@ -7,13 +7,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from boards.selection import DESELECTED, MARKERS, TESTS, device_tests
 from conformance.conftest import write_model
 from outrider_exporters.rehearse.lane import Lane, lane_for
-from outrider_exporters.rehearse.plan import recipe_for
+from outrider_exporters.rehearse.plan import guest_environment, recipe_for
 from outrider_exporters.rehearse.userland import add_wheels, find_cache, made_once
 from outrider_runtimes.targets import target_named
 from outrider_runtimes.tensors import DTYPES
@@ -107,9 +107,14 @@ def run_tests(
     return Outcome(passed=counts["passed"], skipped=counts["skipped"], failed=told["failed"], text=text)
 
 
-def run_on_board(target: str, work: Path, code: str, *args: str | Path) -> str:
-    """What a script prints under the board's Python, whose children are the board's too."""
+def run_on_board(target: str, work: Path, code: str, *args: str | Path, site: Path | None = None) -> str:
+    """What a script prints under the board's Python, whose children are the board's too.
+
+    ``site``: the packages that it has beside Debian's; None for those of a rehearsal.
+    """
     lane = lane_for(target_named(target), cache=find_cache(None), work=work, say=say)
+    if site is not None:
+        lane = replace(lane, environment=guest_environment([site], work / "bytecode"))
     starts = "import os, sys; sys.executable = os.environ['OUTRIDER_GUEST_PYTHON']\n"
     done = subprocess.run(
         [*lane.python, "-c", starts + code, *map(str, args)],
