@@ -35,10 +35,10 @@ _RECEIPTS_EVERY_S: Final = 0.25
 _TIMES: Final = Timing._fields
 _NOTHING: Final = Account(enqueued=0, delivered=0, pending=0, dropped=0)
 
-# A prediction on its way to the writer: when (monotonic s), source, reason, variant, engine, bundle, verified, timing,
-# and a copy of what is judged of it. Its outputs are not kept: they may be large, and they are the caller's.
-# A Prediction without its outputs, which are its first field: what is taken of each in one step.
+# A Prediction on its way to the writer: without its outputs, which are its first field. They may be large, and they are
+# the caller's.
 _Told = tuple[str, str, str, bool, Timing, str, str]
+# When (monotonic s), the prediction, and a copy of what is judged of it.
 _Offered = tuple[float, _Told, bytes | None, Judged | None]
 
 
