@@ -178,36 +178,51 @@ class Spool:
             TelemetryError: nothing was changed: the disk is full or fails, or the spool is closed.
         """
         spans = tuple(ranges)
-        with self._transaction("commit") as db:
-            delivered, freed_bytes = _deliver(db, spans)
-            first, lived = self.last_seq + 1, self._lived_now()
-            rows = [
-                (seq, each.priority, len(each.body) + ROW_OVERHEAD_BYTES, crc32(each.body), each.body, lived.lived_ms)
-                for seq, each in enumerate(drafts, first)
-            ]
-            last, more_bytes = first + len(rows) - 1, sum([row[2] for row in rows]) - freed_bytes
-            db.executemany("INSERT INTO rows VALUES (?,?,?,?,?,?)", rows)
-            db.execute(
-                "UPDATE account SET next_seq=?, enqueued=enqueued+?, delivered=delivered+?, pending=pending+?, "
-                "pending_bytes=pending_bytes+?, boot=?, monotonic_ms=?, lived_ms=? WHERE id=1",
-                (last + lost + 1, len(rows), delivered, len(rows) - delivered, more_bytes, *lived),
-            )
-            most_bytes = self._most_bytes + more_bytes
-            if rows and (self.max_age_s is not None or self._cap.is_reached(most_bytes, kept_bytes=self._kept_bytes)):
-                with self._claims.dropping() as held:
-                    self._expire(db, lived, held=held)
-                    new = ((row[0], row[1]) for row in rows)
-                    most_bytes = self._cap.evict(db, most_bytes, new, held=held, kept_bytes=self._kept_bytes)
-                    db.execute("COMMIT")
-            else:
+        self._check_process()
+        with self._mutex:  # as ``_transaction``, whose generator would be a tenth of a single record's commit
+            self._check_open()
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                return self._change(self._db, drafts, lost, spans)
+            except BaseException as error:
+                self._undo("commit", error)
+                raise
+
+    def _change(
+        self, db: sqlite3.Connection, drafts: Sequence[Draft], lost: int, spans: tuple[Range, ...]
+    ) -> Committed:
+        """``commit``, within its transaction and to its end: a failing COMMIT leaves what is in memory as it was."""
+        delivered, freed_bytes = _deliver(db, spans) if spans else (0, 0)
+        first, lived = self.last_seq + 1, self._lived_now()
+        lived_ms = lived.lived_ms
+        rows = [
+            (seq, each.priority, len(each.body) + ROW_OVERHEAD_BYTES, crc32(each.body), each.body, lived_ms)
+            for seq, each in enumerate(drafts, first)
+        ]
+        count = len(rows)
+        more_bytes = sum([row[2] for row in rows]) - freed_bytes
+        next_seq = first + count + lost
+        db.executemany("INSERT INTO rows VALUES (?,?,?,?,?,?)", rows)
+        db.execute(
+            "UPDATE account SET next_seq=?, enqueued=enqueued+?, delivered=delivered+?, pending=pending+?, "
+            "pending_bytes=pending_bytes+?, boot=?, monotonic_ms=?, lived_ms=? WHERE id=1",
+            (next_seq, count, delivered, count - delivered, more_bytes, *lived),
+        )
+        most_bytes = self._most_bytes + more_bytes
+        if rows and (self.max_age_s is not None or self._cap.is_reached(most_bytes, kept_bytes=self._kept_bytes)):
+            with self._claims.dropping() as held:
+                self._expire(db, lived, held=held)
+                new = ((row[0], row[1]) for row in rows)
+                most_bytes = self._cap.evict(db, most_bytes, new, held=held, kept_bytes=self._kept_bytes)
                 db.execute("COMMIT")
-            # Inside the transaction's block: a failing COMMIT leaves these as they were.
-            self.last_seq = last + lost
-            self._lock.note(self.stream, self.last_seq + 1)
-            self._lived, self._most_bytes = lived, most_bytes
-            if spans:
-                self._claims.let_go(spans)
-        return Committed(tuple(range(first, last + 1)), delivered)
+        else:
+            db.execute("COMMIT")
+        self.last_seq = next_seq - 1
+        self._lock.note(self.stream, next_seq)
+        self._lived, self._most_bytes = lived, most_bytes
+        if spans:
+            self._claims.let_go(spans)
+        return Committed(tuple(range(first, first + count)), delivered)
 
     def peek(self, limit: int, *, after_seq: int = 0) -> list[Row]:
         """The first ``limit`` pending records above ``after_seq``, in order; nothing is changed."""
@@ -415,13 +430,17 @@ class Spool:
                 self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
             except BaseException as error:
-                self._cap.forget()
-                if self._db.in_transaction:
-                    with contextlib.suppress(sqlite3.Error):
-                        self._db.execute("ROLLBACK")
-                if isinstance(error, sqlite3.Error):
-                    raise self._failed(what, error) from error
+                self._undo(what, error)
                 raise
+
+    def _undo(self, what: str, error: BaseException) -> None:
+        """A transaction that ``error`` ended. Raises TelemetryError where that is SQLite's."""
+        self._cap.forget()
+        if self._db.in_transaction:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+        if isinstance(error, sqlite3.Error):
+            raise self._failed(what, error) from error
 
     @contextlib.contextmanager
     def _mine(self) -> Iterator[None]:

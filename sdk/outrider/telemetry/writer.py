@@ -212,10 +212,11 @@ class Writer:
     def callback(self, judged: Judged | None) -> Callable[[Any], None]:
         """What takes a Prediction: some hundred nanoseconds, no lock unless the queue is full."""
         queue, limit, clock, lose = self._queue, self._settings.queue_size, self._world.clock, self.lose
+        append = queue.append
 
         def offer(p: Any) -> None:
             if len(queue) < limit:
-                queue.append((clock(), p[1:], None, None))
+                append((clock(), p[1:], None, None))
             else:
                 lose(1)
 
