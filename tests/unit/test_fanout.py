@@ -52,6 +52,19 @@ def answered(runners, inputs=X, *, deadline_ms=PATIENCE_MS):
     return fan_out(runners, INTERFACE, {"x": inputs}, Deadline.after_ms(deadline_ms))
 
 
+def fail(runner, how, times, error) -> None:
+    """So often by its ``error`` or its ``refusal``, and then no more."""
+    left = times
+
+    def failing():
+        nonlocal left
+        left -= 1
+        setattr(runner, how, failing if left else None)
+        return error
+
+    setattr(runner, how, failing)
+
+
 @given(st.integers(0, 5000), st.integers(1, 9), st.integers(0, 3 * MOST_PART_BYTES))
 def test_a_batch_is_split_whole_in_order_and_evenly(rows, endpoints, row_bytes):
     parts = split(rows, endpoints=endpoints, row_bytes=row_bytes)
@@ -144,15 +157,7 @@ def test_endpoints_that_have_enough_to_do_are_asked_again_for_as_long_as_there_i
     monkeypatch.setattr(fanout, "REST_S", 1e-4)
     monkeypatch.setattr(fanout, "REST_MOST_S", 1e-3)
     runner = NumpyRunner(gain=2.0)
-    left = 10 * fanout.HOPELESS_AFTER
-
-    def error():
-        nonlocal left
-        left -= 1
-        runner.error = error if left else None
-        return RemoteRefused("too many wait", status=429, retry_after_s=1.0)
-
-    runner.error = error
+    fail(runner, "error", 10 * fanout.HOPELESS_AFTER, RemoteRefused("too many wait", status=429, retry_after_s=1.0))
     found = answered([runner])
     np.testing.assert_array_equal(found.outputs["logits"], 2.0 * X)
     runner.refusal = lambda: RemoteRefused("too many wait", status=503, retry_after_s=1.0)
@@ -184,15 +189,7 @@ def test_a_rest_that_ends_between_two_looks_at_the_clock_costs_nobody_the_deadli
     clock = CreepingClock(step_s)
     monkeypatch.setattr(fanout.time, "sleep", clock.sleep)
     runner = NumpyRunner(gain=2.0)
-    failures = 2000  # more than the rests can double
-
-    def refusal():
-        nonlocal failures
-        failures -= 1
-        runner.refusal = refusal if failures else None
-        return QueueFull("too many wait")
-
-    runner.refusal = refusal
+    fail(runner, "refusal", 2000, QueueFull("too many wait"))  # more often than the rests can double
     found = fan_out([runner], INTERFACE, {"x": X}, Deadline(1e6, clock=clock), clock=clock)
     np.testing.assert_array_equal(found.outputs["logits"], 2.0 * X)
     assert found.shares[0].failures == 2000
@@ -201,15 +198,7 @@ def test_a_rest_that_ends_between_two_looks_at_the_clock_costs_nobody_the_deadli
 
 def test_one_endpoint_alone_that_fails_for_a_moment_is_asked_again():
     runner = NumpyRunner(gain=2.0)
-    left = 3
-
-    def error():
-        nonlocal left
-        left -= 1
-        runner.error = error if left else None
-        return RemoteUnavailable("restarting")
-
-    runner.error = error
+    fail(runner, "error", 3, RemoteUnavailable("restarting"))
     found = answered([runner])
     np.testing.assert_array_equal(found.outputs["logits"], 2.0 * X)
     assert found.shares[0] == Share(rows=101, failures=3, said="restarting")

@@ -179,7 +179,7 @@ class Spool:
         """
         spans = tuple(ranges)
         self._check_process()
-        with self._mutex:  # as ``_transaction``, whose generator would be a tenth of a single record's commit
+        with self._mutex:  # as ``_transaction``, without a generator: this is the way of every record
             self._check_open()
             try:
                 self._db.execute("BEGIN IMMEDIATE")

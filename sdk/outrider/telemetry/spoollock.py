@@ -64,7 +64,12 @@ class SpoolLock:
     @property
     def given(self) -> Given | None:
         """What was noted last, by whoever had the lock; None where nothing that can be read was."""
-        text = os.pread(self._file.fileno(), _STREAM_BYTES + _NUMBER_BYTES, _HOLDER_BYTES).decode("ascii", "replace")
+        try:
+            text = os.pread(self._file.fileno(), _STREAM_BYTES + _NUMBER_BYTES, _HOLDER_BYTES).decode(
+                "ascii", "replace"
+            )
+        except OSError:  # the spool itself may be sound
+            return None
         stream, number = text[:_STREAM_BYTES], text[_STREAM_BYTES:]
         if len(number) != _NUMBER_BYTES or not (number.isascii() and number.isdecimal()):
             return None
