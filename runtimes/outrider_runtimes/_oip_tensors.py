@@ -48,7 +48,9 @@ _STORED: Mapping[np.dtype[Any], np.dtype[Any]] = {
 _LITTLE = sys.byteorder == "little"
 # Fewer bytes are copied sooner than looked at; see ``_wire.JOINED_BYTES``.
 COPIED_BYTES = 16 << 10
-_QUICK_NUMBERS = 16  # fewer are read and written as soon in the plain way
+# Fewer are read and written sooner in the plain way, where the caches hold something else at first.
+_QUICK_READ = 512
+_QUICK_WRITTEN = 48
 _MISREAD = np.uint32(0x15AE43FD).view(np.float32)  # its shortest digits are 7.038531e-26; see ``numbers``
 
 # What JSON holds of a kind of dtype.
@@ -107,9 +109,9 @@ def decode_json(data: Bytes, refuse: Refuse, *, max_bytes: int = Limits.json_byt
     Parsed it takes at most some ten times its bytes. Raises what ``refuse`` makes.
     """
     if len(data) > MAX_QUOTES:
-        if data.count(b'"') > MAX_QUOTES:
+        if strictjson.count(data, b'"') > MAX_QUOTES:
             raise refuse(f"more than {MAX_QUOTES // 2} strings and keys")
-        if data.count(b"[") + data.count(b"{") > MAX_BRACKETS:
+        if strictjson.count(data, b"[") + strictjson.count(data, b"{") > MAX_BRACKETS:
             raise refuse(f"more than {MAX_BRACKETS} lists and objects")
     return strictjson.parse(data, refuse, max_bytes=max_bytes, max_depth=MAX_DEPTH, quickly=True)
 
@@ -223,7 +225,7 @@ def _of_one_type(flat: list[Any], kind: str) -> Array | None:
     ``marshal`` lays a number out as a byte that says its type, and its value. A list that is as long as so many of one
     type are, with that byte wherever one begins, holds nothing else; to look at the type of each takes twice as long.
     """
-    if kind not in _LAID_OUT or len(flat) < _QUICK_NUMBERS:
+    if kind not in _LAID_OUT or len(flat) < _QUICK_READ:
         return None
     code, stored = _LAID_OUT[kind]
     data = marshal.dumps(flat, 2)  # of later versions equal numbers may be laid out once
@@ -299,7 +301,7 @@ def numbers(array: Array) -> str:
     read as a float64 first: nine digits differ from the number by less than a fifth of what would round it to another,
     and the shortest ones, which orjson writes, were tried for every float32: one of them becomes its neighbour.
     """
-    if array.size >= _QUICK_NUMBERS and (quick := strictjson.orjson_if_installed()) is not None:
+    if array.size >= _QUICK_WRITTEN and (quick := strictjson.orjson_if_installed()) is not None:
         plain = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")).reshape(-1)
         if array.dtype.kind != "f" or not (np.abs(plain) == _MISREAD).any():
             listed: bytes = quick.dumps(plain, option=quick.OPT_SERIALIZE_NUMPY)

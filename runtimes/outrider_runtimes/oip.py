@@ -45,6 +45,7 @@ from outrider_runtimes._oip_tensors import (
     wanted_outputs,
 )
 from outrider_runtimes.errors import FormatError, InputError, NotFiniteError, ReplyError
+from outrider_runtimes.strictjson import orjson_if_installed
 from outrider_runtimes.tensors import Array, Interface, Shape, Tensors, TensorSpec
 
 __all__ = [
@@ -75,6 +76,9 @@ __all__ = [
 
 BINARY_EXTENSION = "binary_tensor_data"
 
+_JSON_TYPE = (b"content-type", b"application/json")
+_BINARY_TYPE = (b"content-type", b"application/octet-stream")
+_LENGTH_FIELD = LENGTH_HEADER.lower().encode()
 _JSON_HEAD = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 _BINARY_HEAD = f"Content-Type: application/octet-stream\r\n{LENGTH_HEADER}: %d\r\nContent-Length: %d\r\n\r\n".encode()
 
@@ -101,6 +105,13 @@ class Message(NamedTuple):
         if self.json_bytes is None:
             return {"Content-Type": "application/json"}
         return {"Content-Type": "application/octet-stream", LENGTH_HEADER: str(self.json_bytes)}
+
+    @property
+    def fields(self) -> list[tuple[bytes, bytes]]:
+        """The same as ASGI has them."""
+        if self.json_bytes is None:
+            return [_JSON_TYPE]
+        return [_BINARY_TYPE, (_LENGTH_FIELD, b"%d" % self.json_bytes)]
 
     def head(self, size: int) -> bytes:
         """What HTTP's head ends with: ``headers``, and the body's ``size`` in bytes."""
@@ -224,7 +235,9 @@ def encode_reply(
     for name in wanted:
         if name not in outputs:
             raise InputError(f"there is no output {name!r}", tensor=name, hint=f"the outputs are {list(outputs)}")
-    opening = JSON.encode(document)[:-1] + ',"outputs":'
+    quick = orjson_if_installed()
+    text = JSON.encode(document) if quick is None else quick.dumps(document).decode()
+    opening = text[:-1] + ',"outputs":'
     return _encode(opening, [(name, outputs[name], binary) for name, binary in wanted.items()])
 
 

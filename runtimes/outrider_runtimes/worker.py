@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from typing import Protocol, get_args
+from typing import NamedTuple, Protocol, get_args
 
 from outrider_runtimes._forked import made_before_fork, tell_of_fork
 from outrider_runtimes.deadline import Clock, Deadline
@@ -55,6 +55,13 @@ class _Job:
     submitted_s: float
     queued_s: float
     begun_s: float = 0.0
+
+
+class _Here(NamedTuple):
+    """A call that runs in its caller's thread."""
+
+    deadline: Deadline
+    begun_s: float
 
 
 class _InOneStep(threading.Condition):
@@ -121,10 +128,11 @@ class Worker:
         self._drop = drop
         self._clock = clock
         self._lock = threading.Lock()  # guards the six below
+        self._turn = threading.Lock()  # who runs a call
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._taken: set[_Job] = set()  # what waits or runs
         self._ewma_s: float | None = None
-        self._running: _Job | None = None
+        self._running: _Job | _Here | None = None
         self._closed = False
         self._watched_ended: threading.Event | None = None
         self._left = False
@@ -169,10 +177,7 @@ class Worker:
             return future
         job = _Job(arrays=arrays, deadline=deadline, future=future, submitted_s=submitted_s, queued_s=self._clock())
         with self._lock:
-            if self._forked:
-                raise made_before_fork("the model's worker")
-            if self._closed:
-                raise RunnerClosed("the worker was closed")
+            self._check_open()
             stuck = self._running if self._is_sick() else None
             dropped = self._drained() if stuck is not None else self._make_room()
             self._taken.difference_update(dropped)
@@ -188,6 +193,33 @@ class Worker:
         if full:
             raise QueueFull(f"{self.depth} requests wait or run, no more than {self._queue_size + 1} may")
         return future
+
+    def run_here(self, inputs: Tensors, deadline: Deadline) -> Answer | None:
+        """Run one request in the calling thread, where none waits or runs; else None, and it is to be submitted.
+
+        For calls that take less than to wake another thread does. One that is stuck keeps its caller for ever.
+
+        Raises:
+            InputError, RunnerClosed: as ``submit``.
+            DeadlineExceeded: the deadline has passed.
+            InferenceError: the engine failed.
+        """
+        if self._taken or not self._turn.acquire(blocking=False):
+            return None
+        begun_s = self._clock()
+        try:
+            with self._lock:
+                self._check_open()
+                self._running = _Here(deadline, begun_s)
+            if deadline.passed:
+                raise DeadlineExceeded("the deadline had passed before the request was run")
+            answer = self._session.execute(self._session.check(inputs))
+            with self._lock:
+                self._ewma_s = moved_average(self._ewma_s, self._clock() - begun_s)
+            return answer
+        finally:
+            self._running = None
+            self._turn.release()
 
     def estimate_ms(self) -> float | None:
         """Requests ahead and this one, each at the moving average of what a call took; None before the first.
@@ -216,9 +248,16 @@ class Worker:
 
     def forked(self) -> None:
         """As ``Forked`` says: an engine's threads are not in the child, so that it refuses requests there."""
-        self._lock = threading.Lock()
+        self._lock, self._turn = threading.Lock(), threading.Lock()
         self._queue, self._taken, self._running = queue.SimpleQueue(), set(), None
         self._watched_ended, self._closed, self._forked = None, True, True
+
+    def _check_open(self) -> None:
+        """Under the lock."""
+        if self._forked:
+            raise made_before_fork("the model's worker")
+        if self._closed:
+            raise RunnerClosed("the worker was closed")
 
     def _is_sick(self) -> bool:
         job = self._running
@@ -233,7 +272,7 @@ class Worker:
         """Nobody waits for the call that runs any more: if it is stuck, that is not left to the next request to see."""
         with self._lock:
             job, watched = self._running, self._watched_ended
-            if job is None or job.future is not future or (watched is not None and not watched.is_set()):
+            if not isinstance(job, _Job) or job.future is not future or (watched is not None and not watched.is_set()):
                 return
             if job.deadline.at_s == math.inf:  # it may take for ever
                 return
@@ -280,9 +319,11 @@ class Worker:
             job = self._queue.get()
             if job is None:
                 break
-            self._answer(job)
+            with self._turn:
+                self._answer(job)
             del job  # else its arrays live until the next request
-        self._session.close()
+        with self._turn:
+            self._session.close()
 
     def _answer(self, job: _Job) -> None:
         """Run one job unless there is no point in it. The depth falls before the future ends, never after."""
@@ -328,9 +369,11 @@ class Worker:
             self._taken.discard(job)
 
 
-def _abandon(stuck: _Job, waiting: list[_Job]) -> None:
+def _abandon(stuck: _Job | _Here, waiting: list[_Job]) -> None:
     for each in waiting:
         _fail(each, RunnerStuck(STUCK))
+    if isinstance(stuck, _Here):
+        return
     with suppress(InvalidStateError):
         stuck.future.set_exception(DeadlineExceeded(f"{STUCK}; it was abandoned"))
 

@@ -221,6 +221,7 @@ class _Loader:
             queue_size=self._queue_size,
             batches=opened.batches,
             finite=self._wanted.finite,
+            isolation=self._wanted.isolation,
         )
         return self._model
 
@@ -290,6 +291,7 @@ class Model:
         queue_size: int = QUEUE_SIZE,
         batches: Mapping[str, Any] | None = None,
         finite: Finite = "reject",
+        isolation: Isolation = "thread",
     ) -> None:
         """Take over a session.
 
@@ -300,7 +302,7 @@ class Model:
             changes: what was changed before it came here.
             drop, queue_size: see ``Worker``.
             batches: what several rows in one call took at install, a ``BatchCurve`` as JSON has it.
-            finite: as the session has it; see ``load``.
+            finite, isolation: as the session has them; see ``load``.
         """
         self.interface: Interface = session.interface
         self.bundle = bundle
@@ -310,6 +312,7 @@ class Model:
         self.offload = offload
         self.batches = batches
         self.finite: Finite = finite
+        self._isolated = isolation == "process"
         self.cloud_only = cloud_only
         self._rules = {bundle.digest: offload}
         self._session = session
@@ -402,6 +405,13 @@ class Model:
         """Queue one request on the model's own thread; see ``Runner.submit``. It calls no callback."""
         worker = self._worker
         return (self._start_worker() if worker is None else worker).submit(inputs, deadline)
+
+    def run_here(self, inputs: Tensors, deadline: Deadline) -> Answer | None:
+        """As ``Worker.run_here``; None also where more than the engine may hold it up. It calls no callback."""
+        session = self._session
+        if self._isolated or not (isinstance(session, BoundSession) or session.settled):
+            return None
+        return (self._worker or self._start_worker()).run_here(inputs, deadline)
 
     def estimate_ms(self) -> float | None:
         """How long a request that is submitted now would take: by the calls so far, before them by the install."""

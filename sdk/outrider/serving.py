@@ -87,6 +87,7 @@ class Serving:
         self._told: Callable[[Opened, Change], None] = lambda _, __: None
         self._note: Callable[[Answer], None] = lambda _: None
         self._end_company: Callable[[], None] = lambda: None
+        self._accompanied = False
         self._leaving = False
         self._closed = False
 
@@ -95,13 +96,18 @@ class Serving:
         """What serves now."""
         return self._opened.served
 
+    @property
+    def settled(self) -> bool:
+        """Whether a call is that of a session and nothing else: nothing is on trial, and no ladder is climbed."""
+        return self._trial is None and not self._accompanied
+
     def on_change(self, callback: Callable[[Opened, Change], None]) -> None:
         """Tell this one of each change, and what serves after it, in the thread that made it, before the next call."""
         self._told = callback
 
     def accompany(self, note: Callable[[Answer], None], end: Callable[[], None]) -> None:
         """Have ``note`` called with every answer, and ``end`` before this is closed."""
-        self._note, self._end_company = note, end
+        self._note, self._end_company, self._accompanied = note, end, True
 
     def run(self, inputs: Tensors) -> Answer:
         """As ``BoundSession.run``."""

@@ -53,10 +53,13 @@ class Cutting(Unhurried):
 
 @contextlib.contextmanager
 def running(
-    app: Starlette | None = None, protocol: Any = Unhurried, keep_alive_s: int = 75
+    app: Starlette | None = None, protocol: Any = Unhurried, keep_alive_s: int = 75, *, direct: bool = True
 ) -> Iterator[tuple[tuple[str, int], uvicorn.Server]]:
+    """``direct``: whether what came whole goes the short way, as in the endpoint, or all goes the application's."""
     digits = Named()
     app = app or build_app(Models([Served(name="m", runner=digits)]))
+    if direct:
+        protocol = functools.partial(protocol, direct=app.state.endpoint.direct)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(
             app, http=protocol, ws="none", loop="asyncio", lifespan="off", log_config=None,
@@ -290,8 +293,7 @@ def full(*, at_once: bool, kind: Any = Unhurried) -> Iterator[tuple[tuple[str, i
     digits = Named(version=3)
     app = build_app(Models([Served(name="m", runner=digits)]), token=TOKEN, intake=Intake(queue=1, body_bytes=64 << 20))
     endpoint = app.state.endpoint
-    protocol = functools.partial(kind, refusal=endpoint.shedding.refusal) if at_once else kind
-    with running(app, protocol) as (address, _), contextlib.ExitStack() as stack:
+    with running(app, kind, direct=at_once) as (address, _), contextlib.ExitStack() as stack:
         visit = stack.enter_context(endpoint.intake.visit("m", estimate_ms=lambda: None))
         stack.enter_context(visit.queued())
         yield address, endpoint, stack

@@ -87,7 +87,8 @@ class Child:
 
     Args:
         settings: `token`, `queue`, `grpc` (speak that too, at `grpc_port`), `head_timeout_s` and
-            `message_timeout_s` (in which an HTTP head, a gRPC message has to come), and what `Listening` takes.
+            `message_timeout_s` (in which an HTTP head, a gRPC message has to come), `slow_in_loop` (run that model
+            in the loop, as if it were quick), `stuck_looks` (of the guard), and what `Listening` takes.
     """
 
     def __init__(self, folder: Path, *, port: int = 0, **settings: Any) -> None:
@@ -143,7 +144,7 @@ class Named(Worker):
         super().__init__(session, queue_size=queue_size)
         self.bundle = BundleInfo(name=name, version=version, digest=name * 8, verified=False)
         self.variant, self.engine = "onnx-float32", "onnxruntime"
-        self.expected_ms = 0.01  # all of these networks are quick
+        self.expected_ms: float | None = 0.01  # what is not told to count far is quick
 
 
 def bound(folder: Path, name: str) -> BoundSession:
@@ -153,12 +154,15 @@ def bound(folder: Path, name: str) -> BoundSession:
     return BoundSession(session, interface, binding)
 
 
-def named(folder: Path, name: str, **options: int) -> Named:
-    return Named(bound(folder, name), name=name, **options)
+def named(folder: Path, name: str, *, quick: bool = True, **options: int) -> Named:
+    worker = Named(bound(folder, name), name=name, **options)
+    if not quick:
+        worker.expected_ms = None
+    return worker
 
 
 def main(folder: str, settings: str) -> None:
-    from outrider.endpoint import inference
+    from outrider.endpoint import guard, inference
     from outrider.endpoint.app import build_app
     from outrider.endpoint.intake import Intake
     from outrider.endpoint.models import Models, Served
@@ -174,7 +178,9 @@ def main(folder: str, settings: str) -> None:
     message_timeout_s = told.pop("message_timeout_s", None)
     if "tls" in told:
         told["tls"] = ServerTls(**{key: Path(value) for key, value in told["tls"].items()})
-    models = Models(Served(name=name, runner=named(Path(folder), name)) for name in INTERFACES)
+    quick = {name: name != "slow" or told.pop("slow_in_loop", False) for name in INTERFACES}
+    guard.STUCK_LOOKS = told.pop("stuck_looks", guard.STUCK_LOOKS)
+    models = Models(Served(name=name, runner=named(Path(folder), name, quick=quick[name])) for name in INTERFACES)
     intake = Intake(queue=queue, body_bytes=DEFAULT_LIMITS.body_bytes)
     app = build_app(models, token=token, intake=intake)
     with contextlib.ExitStack() as stack:

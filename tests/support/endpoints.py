@@ -5,7 +5,8 @@ from __future__ import annotations
 from outrider.endpoint.models import Served
 from outrider.model import BundleInfo
 from outrider_runtimes import runner
-from support.runners import NumpyRunner
+from outrider_runtimes.tensors import Interface
+from support.runners import INTERFACE, NumpyRunner
 
 
 class Said:
@@ -23,8 +24,10 @@ def served(version: int, name: str = "digits") -> Served:
 class Named(NumpyRunner):
     """`logits = x * gain` in the name of a bundle, which may become another one, as by a rollback."""
 
-    def __init__(self, version: int = 3, *, name: str = "digits", gain: float = 1.0) -> None:
-        super().__init__(gain=gain)
+    def __init__(
+        self, version: int = 3, *, name: str = "digits", gain: float = 1.0, interface: Interface = INTERFACE
+    ) -> None:
+        super().__init__(gain=gain, interface=interface)
         self.sick = False
         self.become(version, name=name)
 

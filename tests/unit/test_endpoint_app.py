@@ -21,8 +21,10 @@ from outrider.endpoint.openapi import OPERATIONS, describe
 from outrider_runtimes import oip, runner
 from outrider_runtimes.errors import InferenceError, QueueFull, RunnerClosed, RunnerStuck
 from outrider_runtimes.oip import Limits
+from outrider_runtimes.tensors import Interface, TensorSpec
 from support.asgi import ask, asked
 from support.endpoints import Named
+from support.runners import INTERFACE
 
 
 def body_of(*data: float) -> bytes:
@@ -75,28 +77,45 @@ def test_a_version_that_was_rolled_back_by_this_very_request_is_not_answered_in_
     assert asyncio.run(both()) == (404, 200)
 
 
-def test_what_a_quick_model_is_asked_in_one_turn_is_answered_to_each(app, digits):
+def test_a_quick_model_is_run_in_the_loop_and_any_other_in_its_own_thread(app, digits):
     digits.expected_ms = QUICK_MS
+    for number in range(3):
+        reply = ask(app, INFER, body_of(float(number))).json()
+        assert reply["outputs"][0]["data"] == [float(number), 0.0, 0.0, 0.0]
+    assert (digits.ran_here, digits.submitted) == (3, 0)
+    rows = json.dumps({"inputs": [{"name": "x", "shape": [2, 4], "datatype": "FP32", "data": [0.0] * 8}]}).encode()
+    assert ask(app, INFER, rows).status == 200  # of two rows nobody says that they take no longer
+    digits.expected_ms = QUICK_MS / 2
+    assert ask(app, INFER, rows).status == 200
+    for slower in (QUICK_MS * 2, None):
+        digits.expected_ms = slower
+        assert ask(app, INFER, BODY).status == 200
+    assert (digits.ran_here, digits.submitted) == (4, 3)
 
-    async def together() -> list[list[float]]:
-        replies = await asyncio.gather(*(asked(app, INFER, body_of(float(number))) for number in range(20)))
-        return [reply.json()["outputs"][0]["data"] for reply in replies]
 
-    assert asyncio.run(together()) == [[float(number), 0.0, 0.0, 0.0] for number in range(20)]
+def test_a_model_whose_sizes_are_free_is_not_run_in_the_loop():
+    free = Interface(
+        inputs=(TensorSpec(name="x", dtype="float32", shape=(None, None), axes="NC"),), outputs=INTERFACE.outputs
+    )
+    digits = Named(interface=free)
+    digits.expected_ms = QUICK_MS / 10
+    assert ask(build_app(Models([Served(name="digits", runner=digits)])), INFER, BODY).status == 200
+    assert (digits.ran_here, digits.submitted) == (0, 1)
+    digits.close()
 
 
-def test_what_is_cut_short_before_a_quick_model_was_asked_is_not_run(app, digits):
-    digits.expected_ms = QUICK_MS
+def test_what_is_cut_short_while_it_waits_is_told_so(app, digits):
+    digits.hold()
 
     async def cut() -> int:
         reply = asyncio.ensure_future(asked(app, INFER, BODY))
-        await asyncio.sleep(0)
+        while digits.submitted == 0:
+            await asyncio.sleep(0)
         app.state.endpoint.inference.cut(RunnerClosed("stop"))
         return (await reply).status
 
-    assert (asyncio.run(cut()), digits.submitted) == (503, 0)
-    digits.expected_ms = QUICK_MS * 2
-    assert (asyncio.run(cut()), digits.submitted) == (503, 1)
+    assert asyncio.run(cut()) == 503
+    digits.let_go()
 
 
 def test_the_bundle_of_a_ladder_step_is_that_of_the_answer_not_of_the_moment(app, digits):

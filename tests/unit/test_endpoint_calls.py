@@ -9,11 +9,10 @@ from concurrent.futures import Future
 import pytest
 
 from outrider.endpoint import calls
-from outrider.endpoint.calls import APART_S, FAST_S, STAY_S, Call, Ended
+from outrider.endpoint.calls import FAST_S, Call, Ended
 from outrider_runtimes.errors import DeadlineExceeded, InferenceError, RunnerClosed
-from outrider_runtimes.runner import Answer, Timing, first_ended
+from outrider_runtimes.runner import Answer, Timing
 from support.clocks import ManualClock
-from support.runners import until
 
 LONG_S = 60.0
 
@@ -106,83 +105,6 @@ def test_a_fast_answer_waits_for_no_other_that_never_comes():
         assert not stuck.done()
 
     asyncio.run(beside_a_stuck_one())
-
-
-def ending(futures: list[Future[Answer]], *, stayed_for: bool = False) -> threading.Thread:
-    """A runner's thread, which answers each in its turn; ``stayed_for``: once the loop waits for the last of them."""
-
-    def run() -> None:
-        if stayed_for:
-            until(lambda: len(futures[-1]._done_callbacks) == 2)
-        for number, future in enumerate(futures):
-            future.set_result(answer(number))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    return thread
-
-
-def test_what_a_quick_model_was_asked_in_one_turn_is_known_in_the_next_and_nobody_woke_the_loop(monkeypatch):
-    monkeypatch.setattr(calls, "STAY_S", LONG_S)
-    woken: list[object] = []
-
-    async def one_turn() -> None:
-        loop = asyncio.get_running_loop()
-        monkeypatch.setattr(loop, "call_soon_threadsafe", woken.append)
-        ended = Ended(loop, clock=ManualClock())
-        for _ in range(3):
-            futures: list[Future[Answer]] = [Future() for _ in range(50)]
-            waits = [ended.of(future, quick=True) for future in futures]
-            thread = ending(futures, stayed_for=True)
-            await turns()
-            assert all(wait.done() for wait in waits)
-            thread.join()
-
-    asyncio.run(one_turn())
-    assert woken == []
-
-
-def test_a_quick_model_that_is_stuck_holds_the_loop_once_in_a_while_and_no_answer_is_lost(monkeypatch):
-    clock = ManualClock()
-    begun_s = clock.now_s
-    stays: list[tuple[int, float]] = []
-
-    def waited_for(futures: list[Future[Answer]], seconds: float) -> bool:
-        stays.append((round((clock.now_s - begun_s) / APART_S * 3), seconds))
-        return first_ended(futures, seconds)
-
-    monkeypatch.setattr(calls, "first_ended", waited_for)
-
-    async def stuck() -> None:
-        ended = Ended(asyncio.get_running_loop(), clock=clock)
-        never: list[Future[Answer]] = [Future() for _ in range(5)]
-        for future in never:
-            wait = ended.of(future, quick=True)
-            await turns()
-            assert not wait.done()
-            clock.now_s += APART_S / 3
-        clock.now_s += APART_S
-        future = Future()  # it has come back
-        wait = ended.of(future, quick=True)
-        ending([future]).join()
-        await asyncio.wait_for(wait, LONG_S)
-
-    asyncio.run(stuck())
-    assert stays == [(0, STAY_S), (3, STAY_S), (8, STAY_S)]
-
-
-def test_of_two_quick_models_the_one_that_was_not_waited_for_tells_of_its_own():
-    async def two() -> None:
-        ended = Ended(asyncio.get_running_loop())
-        slower, newest = Future(), Future()  # type: Future[Answer], Future[Answer]
-        waits = [ended.of(slower, quick=True), ended.of(newest, quick=True)]
-        ending([newest])
-        await asyncio.wait_for(waits[1], LONG_S)
-        assert not waits[0].done()
-        ending([slower])
-        await asyncio.wait_for(waits[0], LONG_S)
-
-    asyncio.run(two())
 
 
 def test_what_had_ended_before_is_not_waited_for_and_errors_come_as_they_are():

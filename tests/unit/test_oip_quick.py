@@ -42,7 +42,7 @@ def test_all_float16() -> None:
 
 
 def test_what_has_not_that_one_is_written_in_the_shortest_digits() -> None:
-    shortest = np.full(20, 0.1, np.float32)
+    shortest = np.full(48, 0.1, np.float32)
     assert b"0.1,0.1" in oip.encode_request({"x": shortest}, binary=False).body
 
 

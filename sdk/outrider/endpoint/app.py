@@ -20,7 +20,8 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from outrider._version import __version__
-from outrider.endpoint.calls import Calls
+from outrider.endpoint.calls import Call, Calls
+from outrider.endpoint.direct import Direct
 from outrider.endpoint.faces import LIMITS, described, is_ready
 from outrider.endpoint.inference import Inference, check_token, refused
 from outrider.endpoint.intake import Intake
@@ -28,7 +29,6 @@ from outrider.endpoint.metrics import Counted, Metrics, exposition_of, quality_o
 from outrider.endpoint.models import Models, Served
 from outrider.endpoint.openapi import describe, page
 from outrider.endpoint.refusals import Refused, refusal
-from outrider.endpoint.shedding import Shedding
 from outrider_runtimes import oip
 from outrider_runtimes.errors import ConfigError, RunnerClosed
 
@@ -141,7 +141,7 @@ class Endpoint:
     def __init__(self, models: Models, limits: oip.Limits, intake: Intake, metrics: Metrics, token: str | None) -> None:
         self.inference = Inference(models, limits, intake, token)
         self.calls = Calls(metrics=metrics, intake=intake)
-        self.shedding = Shedding(models, self.inference, self.calls, intake)
+        self.direct = Direct(models, self.inference, self.calls, intake)
         self.intake = intake
         self.metrics = metrics
         self.processes: Processes = self._this_process
@@ -163,6 +163,17 @@ class Endpoint:
     def abandon(self) -> None:
         """End what still waits for an answer with 503. In the loop's thread."""
         self.inference.cut(RunnerClosed("the endpoint was stopped before the answer"))
+
+    @property
+    def here(self) -> Call | None:
+        """What the loop runs itself at this moment, for other threads to see."""
+        exchange = self.inference.here
+        return None if exchange is None else exchange.call
+
+    def give_up(self) -> None:
+        """Its loop is stuck: count what is inside as not answered, and take it for gone. In any thread."""
+        for call in self.inference.leave_all():
+            self.calls.give_up(call)
 
     async def live(self, request: Request) -> Response:
         """``/v2/health/live``: the process answers."""
@@ -232,7 +243,9 @@ def _guarded(handler: Handler, token: str | None) -> Handler:
 
 def _refused(request: Request, why: Exception) -> Response:
     reply = refused(request.scope, why)
-    return Response(reply.body, reply.status, headers=reply.headers)
+    response = Response(reply.body, reply.status)
+    response.raw_headers = reply.headers
+    return response
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

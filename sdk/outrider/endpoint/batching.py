@@ -270,6 +270,9 @@ class Batcher:
         self._advance()
         return future
 
+    def run_here(self, inputs: Tensors, deadline: Deadline) -> None:
+        """Never: who comes first does not run what others are put together with."""
+
     def estimate_ms(self) -> float:
         """The rest of the batch that runs, full batches of what waits, and the one of a request submitted now."""
         with self._changed:

@@ -24,7 +24,7 @@ from outrider.endpoint.metrics import Metrics
 from outrider.endpoint.refusals import Refused
 from outrider_runtimes.deadline import Clock
 from outrider_runtimes.errors import DeadlineExceeded, RunnerClosed
-from outrider_runtimes.runner import Answer, first_ended
+from outrider_runtimes.runner import Answer
 
 KEY = "outrider.call"  # in the ASGI scope
 ID_HEADER = "X-Request-ID"
@@ -32,9 +32,6 @@ ID_HEADER = "X-Request-ID"
 # Between two answers of a model that is quick: others wait for less than its call takes.
 FAST_S = 0.0003
 LOOK_S = 0.001
-
-STAY_S = 0.001  # that the loop waits for a quick model, no longer: it may be stuck
-APART_S = 1.0  # after it waited in vain, until it waits again
 
 # One JSON object a line at INFO, for every request; nobody hears it unless this logger is given a level and a handler.
 access = logging.getLogger("outrider.endpoint.access")
@@ -103,10 +100,8 @@ class Call:
 class Ended:
     """Tells one loop which futures of other threads have ended: one call into the loop for all that end together.
 
-    To wake the loop for each answer of a quick model takes longer than the answer: the interpreter's lock and all that
-    the two threads share goes to and fro between two cores. So the loop does nothing else while such a model answers
-    what it was asked in one turn, a millisecond at most. Without that, while answers come fast and more are waited for,
-    those that are there are left for the last of them to tell, or for the loop, which looks of its own.
+    To wake the loop for each of many answers takes longer than to make them. So while answers come fast and more are
+    waited for, those that are there are left for the last of them to tell, or for the loop, which looks of its own.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, *, clock: Clock = time.monotonic) -> None:
@@ -118,23 +113,12 @@ class Ended:
         self._looks = False
         self._fast = False
         self._last_s = -math.inf
-        self._newest: Future[Answer] | None = None  # for which the loop is about to wait
-        self._apart_until_s = -math.inf
 
-    def of(self, future: Future[Answer], *, quick: bool = False) -> asyncio.Future[None]:
-        """Done in the loop as soon as ``future`` is, or a millisecond later, in whatever thread that ends.
-
-        Args:
-            future: a runner's; it runs requests in their order.
-            quick: whether it takes less than another thread's waking does.
-        """
+    def of(self, future: Future[Answer]) -> asyncio.Future[None]:
+        """Done in the loop as soon as ``future`` is, or a millisecond later, in whatever thread that ends."""
         waiting: asyncio.Future[None] = self.loop.create_future()
         self._waited.add(waiting)
-        if quick and self._clock() >= self._apart_until_s:
-            if self._newest is None:
-                self.loop.call_soon(self._stay)
-            self._newest = future
-        elif self._fast and not self._looks:
+        if self._fast and not self._looks:
             self._look_soon()
         future.add_done_callback(lambda _: self._tell(waiting))
         return waiting
@@ -144,7 +128,7 @@ class Ended:
         self._fast, self._last_s = now_s - self._last_s < FAST_S, now_s
         self._waited.discard(waiting)
         self._ended.append(waiting)
-        if self._called or self._newest is not None:  # both are unset before the loop looks
+        if self._called:  # it is unset before the loop looks
             return
         if self._fast and self._looks and self._waited:  # so is this
             return
@@ -158,15 +142,6 @@ class Ended:
             waiting = self._ended.popleft()
             if not waiting.done():
                 waiting.set_result(None)
-
-    def _stay(self) -> None:
-        """Wait for the last that was asked in this turn; all before it have ended by then."""
-        newest = self._newest
-        assert newest is not None
-        if not first_ended([newest], STAY_S):
-            self._apart_until_s = self._clock() + APART_S
-        self._newest = None
-        self._take()
 
     def _look_soon(self) -> None:
         self._looks = True
@@ -249,6 +224,12 @@ class Calls:
             "ms": round(seconds * 1e3, 3),
         }
         access.info("%s", json.dumps(line))
+
+    def give_up(self, call: Call) -> None:
+        """Count it as one that no answer came to; what comes of it after all is not counted. In any thread."""
+        if call.infers:
+            call.infers = False
+            self._metrics.observe(call.model, call.version, 503, "stuck", time.monotonic() - call.begun_s)
 
 
 def numbered() -> Callable[[], str]:

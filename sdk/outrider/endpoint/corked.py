@@ -29,6 +29,11 @@ class Corked:
         if len(data) > MAX_HELD_BYTES:
             self.flush()
 
+    def write_at_once(self, data: bytes) -> None:
+        """Send it now, after what is held: nothing follows in this turn."""
+        self.flush()
+        self._transport.write(data)
+
     def flush(self) -> None:
         """Send what is held."""
         if not self._held:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Coroutine
 from typing import NamedTuple
 
 from starlette.types import Receive, Scope, Send
@@ -15,12 +16,13 @@ from starlette.types import Receive, Scope, Send
 from outrider.endpoint import callers
 from outrider.endpoint.calls import KEY, Call, Ended, values_of
 from outrider.endpoint.faces import MAX_TIME_S, check_rows, check_wanted, told, version_after
-from outrider.endpoint.intake import Intake, Visit
+from outrider.endpoint.intake import Intake, Place, Visit
 from outrider.endpoint.models import Models, Served
 from outrider.endpoint.refusals import Refused, not_finite, refusal
 from outrider_runtimes import oip
 from outrider_runtimes.deadline import Deadline
 from outrider_runtimes.errors import InputError, NotFiniteError
+from outrider_runtimes.runner import Answer
 
 log = logging.getLogger(__name__)
 
@@ -30,85 +32,198 @@ _LENGTH_HEADER = oip.LENGTH_HEADER.lower().encode()
 
 
 class Reply(NamedTuple):
-    """What is sent: whole, and its length is known."""
+    """What is sent, with headers as ASGI has them; see ``whole``."""
 
     status: int
-    headers: dict[str, str]
+    headers: list[tuple[bytes, bytes]]
     body: bytes
 
-    def fields(self) -> list[tuple[bytes, bytes]]:
-        """The headers as ASGI has them, the body's length among them."""
-        fields = [(b"content-length", b"%d" % len(self.body))]
-        fields += [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in self.headers.items()]
-        return fields
+
+def whole(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> Reply:
+    """A reply with its length among its headers."""
+    return Reply(status, [(b"content-length", b"%d" % len(body)), *headers], body)
+
+
+class Exchange:
+    """One request for an inference, from its head to its answer, whatever brings its bytes.
+
+    ``close`` is to be called at its end, and may be called from another thread before.
+    """
+
+    def __init__(self, call: Call, served: Served, version: str | None, json_bytes: int | None, visit: Visit) -> None:
+        """Take what its head said; it is inside from now on. ``version``: the one that was asked for."""
+        self.call = call
+        self.visit = visit
+        self._served = served
+        self._version = version or ""
+        self._json_bytes = json_bytes
+        self._place: Place | None = None
+        self._answer: Answer | None = None
+        visit.__enter__()
+
+    def read(self, body: bytes | bytearray, limits: oip.Limits) -> None:
+        """Take its whole body, and a place in the queue. Its time begins when its head is here. Raises what
+        ``refusal`` knows.
+        """
+        call, served = self.call, self._served
+        asked = oip.decode_request(body, self._json_bytes, limits=limits, files=oip.files_in(served.interface))
+        if (more := asked.size_bytes - len(body)) > 0:
+            self.visit.hold(more)
+        check_wanted(served, asked)
+        check_rows(served, asked)
+        left_s = MAX_TIME_S if asked.timeout_us is None else min(MAX_TIME_S, asked.timeout_us / 1e6)
+        deadline = Deadline(call.begun_s + left_s)
+        self.visit.check_time(deadline.remaining_s())
+        self._place = self.visit.queued()
+        self._place.__enter__()
+        call.check()
+        self._asked, self._deadline = asked, deadline
+
+    def ask(self) -> None:
+        """Have it answered here, or submit it. Raises what the runner does."""
+        inputs, served = self._asked.inputs, self._served
+        self._answer = served.run_here(inputs, self._deadline)
+        if self._answer is None:
+            self._future = served.runner.submit(inputs, self._deadline)
+
+    async def wait(self, here: Ended) -> Reply:
+        """The reply, when the answer is there. Raises what ``Call.wait`` does."""
+        if self._answer is None:
+            ended = here.of(self._future)
+            self._answer = await self.call.wait(self._future, ended, self._deadline.remaining_s())
+        return self._replied(self._answer)
+
+    def reply(self) -> Reply | None:
+        """The reply, where the answer is there already."""
+        return None if self._answer is None else self._replied(self._answer)
+
+    def _replied(self, answer: Answer) -> Reply:
+        served = self._served
+        self.call.version = version_after(served, self._version)
+        try:
+            message = oip.encode_reply(
+                answer.outputs,
+                model=served.name,
+                version=self.call.version,
+                request=self._asked,
+                parameters=told(served, answer),
+            )
+        except NotFiniteError as error:
+            raise not_finite(error) from None
+        return whole(200, message.fields, message.body)
+
+    def close(self) -> None:
+        """It is not inside any more. Again is harmless."""
+        if self._place is not None:
+            self._place.leave()
+        self.visit.leave()
 
 
 class Inference:
-    """The handler over the models, and the requests that wait for an answer."""
+    """The handler over the models, and the requests that are inside.
+
+    ``here``: the one that the loop submits, or runs itself, at this moment; for other threads to see.
+    """
 
     def __init__(self, models: Models, limits: oip.Limits, intake: Intake, token: str | None) -> None:
         self._models = models
         self._limits = limits
         self._intake = intake
         self._token = token
-        self._waiting: set[Call] = set()
+        self._inside: set[Exchange] = set()
+        self.here: Exchange | None = None
         self._ended: Ended | None = None
 
     def cut(self, why: Exception) -> None:
         """End what waits for an answer. In the loop's thread."""
-        for call in tuple(self._waiting):
-            call.cut(why)
+        for exchange in tuple(self._inside):
+            exchange.call.cut(why)
+
+    def leave_all(self) -> list[Call]:
+        """Take what is inside for gone: the loop that it belongs to is stuck. In any thread."""
+        inside, self._inside, self.here = self._inside, set(), None
+        for exchange in tuple(inside):
+            exchange.close()
+        return [exchange.call for exchange in inside]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request that came through ``Calls``, its route's parameters in ``path_params``."""
-        call: Call = scope[KEY]
-        call.infers = True
         try:
-            check_token(scope, self._token)
-            reply = await self._reply(call, scope, receive)
+            exchange = self._opened(scope)
+            try:
+                self._ask(exchange, await self._received(receive, exchange.visit))
+                reply = await exchange.wait(self._here())
+            finally:
+                self._close(exchange)
         except Exception as error:
             reply = refused(scope, error)
-        await send({"type": "http.response.start", "status": reply.status, "headers": reply.fields()})
+        await send({"type": "http.response.start", "status": reply.status, "headers": reply.headers})
         if len(reply.body) <= SOON_SENT_BYTES:
             await send({"type": "http.response.body", "body": reply.body})
             return
-        held = self._intake.holding()
-        try:
-            held.become(len(reply.body), anyway=True)
+        with self._intake.sending(len(reply.body)):
             await send({"type": "http.response.body", "body": reply.body, "more_body": True})
             await send({"type": "http.response.body", "body": b""})  # waits until nearly all of it was taken
-        finally:
-            held.free()
+
+    def at_once(self, scope: Scope, body: bytes) -> Reply | Coroutine[None, None, Reply]:
+        """The reply to one whose body is here whole; where that has to wait for an answer, what waits for it."""
+        try:
+            exchange = self._opened(scope)
+        except Exception as error:
+            return refused(scope, error)
+        try:
+            self._take(len(body), exchange.visit)
+            self._ask(exchange, body)
+            if (reply := exchange.reply()) is None:
+                return self._later(exchange, scope)
+        except Exception as error:
+            reply = refused(scope, error)
+        self._close(exchange)
+        return reply
 
     def refusal(self, scope: Scope) -> Reply | None:
         """What a request whose head is here is refused with already, looked at as a call of this would; else None."""
-        call: Call = scope[KEY]
-        call.infers = True
         try:
-            check_token(scope, self._token)
-            self._let_in(call, scope)
+            exchange = self._opened(scope)
         except Exception as error:
             return refused(scope, error)
+        self._close(exchange)
         return None
 
-    def _let_in(self, call: Call, scope: Scope) -> tuple[Served, int | None, Visit]:
-        """All that the head is looked at for: the model, the length of the body's JSON, and a visit to be entered."""
+    async def _later(self, exchange: Exchange, scope: Scope) -> Reply:
+        try:
+            return await exchange.wait(self._here())
+        except Exception as error:
+            return refused(scope, error)
+        finally:
+            self._close(exchange)
+
+    def _opened(self, scope: Scope) -> Exchange:
+        """All that the head is looked at for. Raises Refused, UnknownModel."""
+        call: Call = scope[KEY]
+        call.infers = True
+        check_token(scope, self._token)
         parameters = scope["path_params"]
-        served = self._models.find(parameters["model"], parameters.get("version"))
+        version = parameters.get("version")
+        served = self._models.find(parameters["model"], version)
         call.model, call.version = served.name, str(served.version)
         json_bytes = self._announced(scope)
-        return served, json_bytes, self._intake.visit(served.name, estimate_ms=served.runner.estimate_ms)
+        visit = self._intake.visit(served.name, estimate_ms=served.runner.estimate_ms)
+        exchange = Exchange(call, served, version, json_bytes, visit)
+        self._inside.add(exchange)
+        return exchange
 
-    async def _reply(self, call: Call, scope: Scope, receive: Receive) -> Reply:
-        """The caller's time begins when its head is here."""
-        served, json_bytes, visit = self._let_in(call, scope)
-        with visit:
-            body = await self._received(receive, visit)
-            asked = oip.decode_request(body, json_bytes, limits=self._limits, files=oip.files_in(served.interface))
-            if (more := asked.size_bytes - len(body)) > 0:
-                visit.hold(more)
-            del body  # its tensors are copies
-            return await self._answered(call, served, asked, visit, scope["path_params"].get("version", ""))
+    def _ask(self, exchange: Exchange, body: bytes | bytearray) -> None:
+        exchange.read(body, self._limits)
+        self.here = exchange
+        try:
+            exchange.ask()
+        finally:
+            self.here = None
+
+    def _close(self, exchange: Exchange) -> None:
+        self._inside.discard(exchange)
+        exchange.close()
 
     def _announced(self, scope: Scope) -> int | None:
         """The length of the body's JSON, as its head says it. Raises Refused for what the head alone rules out."""
@@ -128,9 +243,7 @@ class Inference:
             if message["type"] == "http.disconnect":
                 raise Refused(499, "gone", "the caller hung up")
             part = message.get("body", b"")
-            if len(body) + len(part) > self._limits.body_bytes:
-                raise self._too_long(len(body) + len(part))
-            visit.hold(len(part))
+            self._take(len(part), visit)
             if not body:  # what comes in one piece is not copied
                 body = part
             elif isinstance(body, bytearray):
@@ -140,35 +253,15 @@ class Inference:
             more = message.get("more_body", False)
         return body
 
+    def _take(self, more: int, visit: Visit) -> None:
+        """So many bytes of its body came. Raises Refused."""
+        if visit.held_bytes + more > self._limits.body_bytes:
+            raise self._too_long(visit.held_bytes + more)
+        visit.hold(more)
+
     def _too_long(self, size: int) -> Refused:
         most = self._limits.body_bytes
         return Refused(413, "too_long", f"the body has {size} bytes or more, at most {most} are taken")
-
-    async def _answered(self, call: Call, served: Served, asked: oip.Request, visit: Visit, version: str) -> Reply:
-        """``version``: the one that was asked for; empty for any."""
-        check_wanted(served, asked)
-        check_rows(served, asked)
-        left_s = MAX_TIME_S if asked.timeout_us is None else min(MAX_TIME_S, asked.timeout_us / 1e6)
-        deadline = Deadline(call.begun_s + left_s)
-        visit.check_time(deadline.remaining_s())
-        with visit.queued():
-            self._waiting.add(call)
-            try:
-                if quick := served.quick:
-                    await asyncio.sleep(0)  # what came together is asked together
-                call.check()
-                future = served.runner.submit(asked.inputs, deadline)
-                answer = await call.wait(future, self._here().of(future, quick=quick), deadline.remaining_s())
-            finally:
-                self._waiting.discard(call)
-        call.version = version_after(served, version)
-        try:
-            message = oip.encode_reply(
-                answer.outputs, model=served.name, version=call.version, request=asked, parameters=told(served, answer)
-            )
-        except NotFiniteError as error:
-            raise not_finite(error) from None
-        return Reply(200, message.headers, message.body)
 
     def _here(self) -> Ended:
         """That of the loop that runs."""
@@ -191,12 +284,12 @@ def refused(scope: Scope, error: Exception) -> Reply:
     if why.status == 500:
         log.error("a request to %s failed: %s", scope["path"], error, exc_info=why.reason == "fault" and error)
     call.reason = why.reason
-    headers = {"Content-Type": "application/json"}
+    headers = [(b"content-type", b"application/json")]
     if why.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
+        headers.append((b"www-authenticate", b"Bearer"))
     if why.retry_after_s is not None:
-        headers["Retry-After"] = str(why.retry_after_s)
-    return Reply(why.status, headers, json.dumps({"error": str(why), "request_id": call.id}).encode())
+        headers.append((b"retry-after", b"%d" % why.retry_after_s))
+    return whole(why.status, headers, json.dumps({"error": str(why), "request_id": call.id}).encode())
 
 
 def _count(scope: Scope, header: bytes, spelt: str) -> int | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from outrider.endpoint.refusals import RETRY_AFTER_S, Refused
 from outrider_runtimes.errors import ConfigError
@@ -90,10 +91,9 @@ class Intake:
         with self._lock:
             self._inside[model] = self._inside.get(model, 0) + 1
 
-    def _leave(self, model: str, held_bytes: int = 0) -> None:
+    def _leave(self, model: str) -> None:
         with self._lock:
             self._inside[model] -= 1
-            self._held_bytes -= held_bytes
 
     def visit(self, model: str, *, estimate_ms: Estimate) -> Visit:
         """To be inside while a ``with`` of it runs: enter before the body is read.
@@ -107,37 +107,27 @@ class Intake:
         Raises:
             Refused: the endpoint is being stopped (503), or as many wait as may (429).
         """
-        self.check_open({model: estimate_ms})
+        if self._stopping or self.is_full(model) or self._held_bytes > self._max_held_bytes:
+            self.check_open({model: estimate_ms})
         return Visit(self, model, estimate_ms)
 
     def holding(self) -> Held:
         """To account for the bytes of a message, and then of its reply. Whoever asks frees them."""
         return Held(self)
 
+    @contextmanager
+    def sending(self, size: int) -> Iterator[None]:
+        """While it runs, a reply of so many bytes is being read."""
+        held = self.holding()
+        try:
+            held.become(size, anyway=True)
+            yield
+        finally:
+            held.free()
+
     def _full(self, estimate_ms: Estimate) -> Refused:
         text = f"{self._queue} requests wait for this model, no more may"
         return Refused(429, "queue_full", text, retry_after_s=retry_after_s(estimate_ms()))
-
-    def _hold(self, size: int) -> None:
-        with self._lock:
-            full = self._held_bytes + size > self._max_held_bytes
-            if not full:
-                self._held_bytes += size
-        if full:
-            raise _no_memory()
-
-    def _enqueue(self, model: str, estimate_ms: Estimate) -> None:
-        with self._lock:
-            queued = self._queued.get(model, 0)
-            full = queued >= self._queue
-            if not full:
-                self._queued[model] = queued + 1
-        if full:
-            raise self._full(estimate_ms)
-
-    def _dequeue(self, model: str) -> None:
-        with self._lock:
-            self._queued[model] -= 1
 
 
 class Held:
@@ -179,19 +169,34 @@ class Visit:
         self._intake = intake
         self._model = model
         self._estimate_ms = estimate_ms
+        self._inside = False
         self.held_bytes = 0
 
     def __enter__(self) -> Visit:
         self._intake._enter(self._model)
+        self._inside = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._intake._leave(self._model, self.held_bytes)
+        self.leave()
+
+    def leave(self) -> None:
+        """What the end of the ``with`` does. Again is harmless; in any thread."""
+        with self._intake._lock:
+            if self._inside:
+                self._inside = False
+                self._intake._inside[self._model] -= 1
+                self._intake._held_bytes -= self.held_bytes
 
     def hold(self, size: int) -> None:
         """Account for bytes of its body before they are kept. Raises Refused (503) where all bodies are too many."""
-        self._intake._hold(size)
-        self.held_bytes += size
+        with self._intake._lock:
+            full = self._intake._held_bytes + size > self._intake._max_held_bytes
+            if self._inside and not full:
+                self._intake._held_bytes += size
+                self.held_bytes += size
+        if full:
+            raise _no_memory()
 
     def check_time(self, left_s: float) -> None:
         """Refuse now what the queue would keep until its time has passed.
@@ -212,26 +217,42 @@ class Visit:
         text = f"it would take some {needed_ms:.0f} ms from now, the request has {left_s * 1e3:.0f} ms left"
         raise Refused(503, "no_time", text, retry_after_s=retry_after_s(needed_ms))
 
-    def queued(self) -> _Place:
+    def queued(self) -> Place:
         """To wait for the model, or run in it, while a ``with`` of it runs. Entering raises Refused (429) where as
         many wait as may.
         """
-        return _Place(self._intake, self._model, self._estimate_ms)
+        return Place(self._intake, self._model, self._estimate_ms)
 
 
-class _Place:
+class Place:
     """In the queue. A class, as ``Visit`` is one: a generator's ``with`` takes some microseconds of each request."""
 
     def __init__(self, intake: Intake, model: str, estimate_ms: Estimate) -> None:
         self._intake = intake
         self._model = model
         self._estimate_ms = estimate_ms
+        self._taken = False
 
     def __enter__(self) -> None:
-        self._intake._enqueue(self._model, self._estimate_ms)
+        intake, model = self._intake, self._model
+        with intake._lock:
+            queued = intake._queued.get(model, 0)
+            full = queued >= intake._queue
+            if not full:
+                intake._queued[model] = queued + 1
+                self._taken = True
+        if full:
+            raise intake._full(self._estimate_ms)
 
     def __exit__(self, *_: object) -> None:
-        self._intake._dequeue(self._model)
+        self.leave()
+
+    def leave(self) -> None:
+        """What the end of the ``with`` does. Again is harmless; in any thread."""
+        with self._intake._lock:
+            if self._taken:
+                self._taken = False
+                self._intake._queued[self._model] -= 1
 
 
 def _no_memory() -> Refused:

@@ -6,15 +6,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from outrider_runtimes.deadline import Deadline
 from outrider_runtimes.errors import ConfigError, UnknownModel
-from outrider_runtimes.runner import Runner
-from outrider_runtimes.tensors import Interface
+from outrider_runtimes.runner import Answer, Runner
+from outrider_runtimes.tensors import Interface, Tensors
 
 if TYPE_CHECKING:
     from outrider.model import BundleInfo
 
-# A call of less than that gains nothing by a core of its own: its thread and the loop's would wait for the
-# interpreter's lock, and for each other's memory, longer than it takes.
+# A call of less than that gains nothing by a thread of its own: to wake it, and to be woken by it, takes longer.
 QUICK_MS = 0.15
 
 
@@ -46,6 +46,10 @@ class BundleRunner(Runner, Protocol):
     @property
     def sick(self) -> bool:
         """Whether a call is taken for stuck, so that nothing more is answered."""
+        ...
+
+    def run_here(self, inputs: Tensors, deadline: Deadline) -> Answer | None:
+        """Run one request in the calling thread; None where that may not be, and it is to be submitted."""
         ...
 
 
@@ -81,11 +85,23 @@ class Served:
         """The engine that it runs on now."""
         return self.runner.engine
 
-    @property
-    def quick(self) -> bool:
-        """Whether to wait for its call costs less than to do something else meanwhile."""
+    def run_here(self, inputs: Tensors, deadline: Deadline) -> Answer | None:
+        """The answer, where to wait for it costs less than to do something else meanwhile; else None."""
+        return self.runner.run_here(inputs, deadline) if self._is_quick(inputs) else None
+
+    def _is_quick(self, inputs: Tensors) -> bool:
+        """By what a call of one row took at install; where sizes are free, that says nothing of this call."""
         expected_ms = self.runner.expected_ms
-        return expected_ms is not None and expected_ms <= QUICK_MS
+        if expected_ms is None or expected_ms > QUICK_MS:
+            return False
+        rows = 1
+        for spec in self.runner.interface.inputs:
+            array = inputs.get(spec.name)
+            if array is None or None in spec.shape[1 if spec.batched else 0 :]:
+                return False
+            if spec.batched and array.ndim:
+                rows = max(rows, array.shape[0])
+        return rows * expected_ms <= QUICK_MS
 
     @property
     def ready(self) -> bool:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, ClassVar, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from outrider.endpoint.calls import KEY, Call
 from outrider.endpoint.corked import Corked
-from outrider.endpoint.shedding import Refusal
+from outrider.endpoint.direct import Direct
+from outrider.endpoint.inference import SOON_SENT_BYTES, Reply
 
 MAX_HEAD_BYTES = 32 << 10
 MAX_HEADERS = 100
@@ -36,7 +37,7 @@ class _Refused(Exception):
 
 
 class _Answered:
-    """Stands where uvicorn has the cycle of the last request, for one that was refused without a cycle."""
+    """Stands where uvicorn has the cycle of the last request, for one that was answered without a cycle."""
 
     scope: ClassVar[dict[str, Any]] = {}
     response_started = response_complete = keep_alive = True
@@ -44,12 +45,20 @@ class _Answered:
     message_event = asyncio.Event()  # nobody waits for it
 
 
+class _Waiting(_Answered):
+    """The same for one that is whole and waits for its answer."""
+
+    def __init__(self, scope: dict[str, Any]) -> None:
+        self.scope = scope  # type: ignore[misc]
+        self.response_started = self.response_complete = False
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """Refuses a head beyond its bounds with 431, a request that does not come to its end with 408.
 
     Args:
         turned_away: called with the status of each request that is refused here, before it is a request.
-        refusal: as ``Shedding.refusal``; asked for each POST on a connection on which no other waits for its reply.
+        direct: the short way, for a POST on a connection on which no other waits for its reply; None: there is none.
     """
 
     head_timeout_s = 10.0
@@ -62,12 +71,13 @@ class BoundedProtocol(HttpToolsProtocol):
         self,
         *args: Any,
         turned_away: Callable[[int], None] = lambda status: None,
-        refusal: Callable[[bytes, Any], Refusal | None] = lambda target, scope: None,
+        direct: Direct | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
         self._turned_away = turned_away
-        self._shed = refusal
+        self._direct = direct
+        self._parts: list[bytes] | None = None  # of a body that may be whole when this read ends
         self._refusal: tuple[int, str] | None = None
         self._lingering = False
         self._in_head = False
@@ -104,6 +114,8 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         events = self._events
         super().data_received(data)
+        if self._parts is not None:
+            self._go_on()
         self._quiet_bytes = 0 if self._events != events else self._quiet_bytes + len(data)
         if self._quiet_bytes > MAX_HEAD_BYTES and not (self._lingering or self.transport.is_closing()):
             self._refusal = (431, "the request's head, or what stands between its chunks, is too long")
@@ -187,10 +199,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._events += 1
         self._expect(self.body_timeout_s)
-        if (refusal := self._refusal_now()) is None:
+        if self._direct is None or not self._may_go_direct(self._direct):
             super().on_headers_complete()
+        elif (refusal := self._direct.refusal(self.url, cast("dict[str, Any]", self.scope))) is None:
+            self._parts = []
         else:
-            self._answer(refusal)
+            self.cycle = cast("Any", _Answered)
+            self._reply(refusal)
+            self.on_response_complete()
 
     def on_chunk_header(self) -> None:
         """A chunk begins."""
@@ -202,12 +218,19 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
         self._events += 1
-        super().on_body(body)
+        if self._parts is None:
+            super().on_body(body)
+        else:
+            self._parts.append(body)
 
     def on_message_complete(self) -> None:
         """The request is whole."""
         self._whole = True
         self._events += 1
+        if self._parts is not None and self._direct is not None:
+            parts, self._parts = self._parts, None
+            self._take(self._direct, parts[0] if len(parts) == 1 else b"".join(parts))
+            return
         answered = self.cycle is not None and self.cycle.response_complete  # before it was whole
         self._expect(self.timeout_keep_alive if answered else None)
         super().on_message_complete()
@@ -238,23 +261,62 @@ class BoundedProtocol(HttpToolsProtocol):
         super().resume_writing()
         self._expect_reading(None)
 
-    def _refusal_now(self) -> Refusal | None:
+    def _may_go_direct(self, direct: Direct) -> bool:
         """Only where nothing but the reply is left to be done for a request, and it can be written at once."""
         parser = self.parser
         idle = (self.cycle is None or self.cycle.response_complete) and not self.flow.write_paused
         plain = parser.should_keep_alive() and not parser.should_upgrade() and not self.expect_100_continue
-        if not (idle and plain and parser.get_method() == b"POST" and parser.get_http_version() == "1.1"):
-            return None
-        return self._shed(self.url, self.scope)
+        ours = idle and plain and parser.get_method() == b"POST" and parser.get_http_version() == "1.1"
+        return ours and direct.knows(self.url)
 
-    def _answer(self, refusal: Refusal) -> None:
-        """What of the request still comes is read and dropped, as after any reply that is sooner than its request."""
-        parts = [STATUS_LINE[refusal.status]]
-        for name, value in (*self.server_state.default_headers, *refusal.headers):
-            parts += (name, b": ", value, b"\r\n")
-        self.cycle = cast("Any", _Answered)
-        self.transport.write(b"".join([*parts, b"\r\n", refusal.body]))
+    def _go_on(self) -> None:
+        """The rest of its body is still to come: what is here of it goes the application's way."""
+        parts, self._parts = self._parts or [], None
+        if self._lingering or self.transport.is_closing():
+            return
+        super().on_headers_complete()
+        for part in parts:
+            super().on_body(part)
+
+    def _take(self, direct: Direct, body: bytes) -> None:
+        """A request is here whole."""
+        scope = cast("dict[str, Any]", self.scope)
+        waiting = _Waiting(scope)
+        self.cycle = cast("Any", waiting)
+        self._expect(None)
+        answer = direct.answer(self.url, scope, body)
+        if isinstance(answer, Reply) and len(answer.body) <= SOON_SENT_BYTES:
+            self._reply(answer)
+            self._complete(waiting, answer)
+            return
+        task = self.loop.create_task(self._later(direct, waiting, answer))
+        task.add_done_callback(self.tasks.discard)
+        self.tasks.add(task)
+
+    async def _later(self, direct: Direct, waiting: _Waiting, answer: Reply | Coroutine[None, None, Reply]) -> None:
+        reply = answer if isinstance(answer, Reply) else await answer
+        if waiting.disconnected:
+            return
+        waiting.response_started = True
+        self._reply(reply)
+        if len(reply.body) > SOON_SENT_BYTES:
+            with direct.intake.sending(len(reply.body)):
+                await self.flow.drain()
+        self._complete(waiting, reply)
+
+    def _complete(self, waiting: _Waiting, reply: Reply) -> None:
+        """Its reply was written."""
+        waiting.response_started = waiting.response_complete = True
+        if not waiting.keep_alive or (b"connection", b"close") in reply.headers:
+            self.transport.close()
         self.on_response_complete()
+
+    def _reply(self, reply: Reply) -> None:
+        """What of the request still comes is read and dropped, as after any reply that is sooner than its request."""
+        parts = [STATUS_LINE[reply.status]]
+        for name, value in (*self.server_state.default_headers, *reply.headers):
+            parts += (name, b": ", value, b"\r\n")
+        cast("Any", self.transport).write_at_once(b"".join([*parts, b"\r\n", reply.body]))
 
     def _made_room(self) -> bool:
         """Close a connection that waits for its caller's next request; false where none does."""

@@ -12,10 +12,12 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import uvicorn
 
+from outrider.endpoint.guard import run_guarded
 from outrider.endpoint.listening import BACKLOG, Listening, listener
 from outrider.endpoint.protocol import BoundedProtocol
 
@@ -52,9 +54,7 @@ def serve_app(app: Starlette, listening: Listening, *, secured: bool, ready: Rea
         scheme = "http" if context is None else "https"
         url = f"{scheme}://{listening.address(sock.getsockname()[1])}"
         endpoint: Endpoint = app.state.endpoint
-        protocol = functools.partial(
-            BoundedProtocol, turned_away=endpoint.metrics.turned_away, refusal=endpoint.shedding.refusal
-        )
+        protocol = functools.partial(BoundedProtocol, turned_away=endpoint.metrics.turned_away, direct=endpoint.direct)
         config = uvicorn.Config(
             app,
             http=protocol,  # type: ignore[arg-type]
@@ -70,7 +70,16 @@ def serve_app(app: Starlette, listening: Listening, *, secured: bool, ready: Rea
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=LAST_WORDS_S,
         )
-        _Server(config, endpoint, context, drain_s=listening.drain_s, ready=lambda: ready and ready(url)).run([sock])
+        told: list[Callable[[], None]] = [] if ready is None else [functools.partial(ready, url)]
+        stops = _Stops()
+
+        def server() -> _Server:
+            """The first one says that it is ready."""
+            stops.server = _Server(config, endpoint, context, drain_s=listening.drain_s, ready=told)
+            return stops.server
+
+        with stops:
+            run_guarded(server, sock, endpoint)
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
@@ -89,13 +98,15 @@ class _Server(uvicorn.Server):
         context: ssl.SSLContext | None,
         *,
         drain_s: float,
-        ready: Callable[[], object],
+        ready: list[Callable[[], None]],
     ) -> None:
+        """``ready``: what is told once that connections are taken."""
         super().__init__(config)
         self._endpoint = endpoint
         self._context = context
         self._drain_s = drain_s
         self._ready = ready
+        self._abandoned = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Take connections, then say so."""
@@ -113,10 +124,14 @@ class _Server(uvicorn.Server):
             for each in sockets or ()
         ]
         self.started = True
-        self._ready()
+        while self._ready:
+            self._ready.pop()()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuse what is new, wait for what is inside, close."""
+        if self._abandoned:  # what is new and what is inside is another's
+            await super().shutdown(sockets)
+            return
         self._endpoint.intake.stop()
         end_s = asyncio.get_running_loop().time() + self._drain_s
         while self._unfinished() and not self.force_exit and asyncio.get_running_loop().time() < end_s:
@@ -125,6 +140,11 @@ class _Server(uvicorn.Server):
         for connection in self._connections():
             connection.give_up()
         await super().shutdown(sockets)
+
+    def abandon(self) -> list[socket.socket]:
+        """As ``guard.Loop`` says."""
+        self._abandoned = self.should_exit = self.force_exit = True
+        return [each.transport.get_extra_info("socket") for each in self._connections()]
 
     def _unfinished(self) -> bool:
         """Whether a request is inside, or a reply is still being read."""
@@ -135,16 +155,28 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Stop on ``stop_signals``; only the main thread can be asked to."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self.handle_exit) for number in stop_signals()}
-        try:
-            yield
-        finally:
-            for number, earlier in before.items():
-                signal.signal(number, earlier)
+        """They come to the main thread: see ``_Stops``."""
+        yield
+
+
+class _Stops:
+    """While a ``with`` of it runs, ``stop_signals`` stop ``server``; only the main thread can be asked to."""
+
+    def __init__(self) -> None:
+        self.server: _Server | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._stop) for number in stop_signals()}
+
+    def __exit__(self, *_: object) -> None:
+        for number, earlier in self._before.items():
+            signal.signal(number, earlier)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.server is not None:
+            self.server.handle_exit(number, frame)
 
 
 def _loop() -> Literal["uvloop", "asyncio"]:
