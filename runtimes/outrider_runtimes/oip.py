@@ -10,7 +10,6 @@ there first. Requests that break a rule raise InputError, replies ReplyError.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as quoted
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -120,8 +119,7 @@ class Message(NamedTuple):
         return _BINARY_HEAD % (self.json_bytes, size)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(NamedTuple):
     """A decoded inference request.
 
     Attributes:

@@ -20,7 +20,7 @@ from outrider.endpoint.calls import access
 from outrider.endpoint.inference import SOON_SENT_BYTES
 from outrider.endpoint.intake import Intake
 from outrider.endpoint.models import QUICK_MS, Models, Served
-from outrider.endpoint.protocol import BoundedProtocol
+from outrider.endpoint.protocol import MAX_PIPELINE, BoundedProtocol
 from outrider_runtimes import oip
 from outrider_runtimes.errors import InferenceError
 from support.broker import wait_until
@@ -32,7 +32,8 @@ MODEL = "/v2/models/digits"
 
 
 class Unhurried(BoundedProtocol):
-    head_timeout_s = body_timeout_s = unread_timeout_s = linger_s = read_timeout_s = 120.0
+    head_timeout_s = body_timeout_s = unread_timeout_s = read_timeout_s = 120.0
+    linger_s = 0.5
 
 
 class Serving:
@@ -207,6 +208,18 @@ def test_requests_sent_ahead_are_answered_in_their_order(served: Serving, quick:
             got += connection.recv(65536) or pytest.fail("closed")
     replies = [json.loads(part.partition(b"\r\n\r\n")[2]) for part in got.split(b"HTTP/1.1 200 OK")[1:]]
     assert [each["outputs"][0]["data"][0] for each in replies] == numbers
+
+
+def test_of_many_requests_in_one_piece_so_many_are_answered_and_the_caller_is_cut(served: Serving) -> None:
+    """Or one caller would keep all others waiting for as long as the answers to a whole read take."""
+    served.digits.expected_ms = QUICK_MS
+    with served.connect() as connection:
+        connection.sendall(asked() * (3 * MAX_PIPELINE))
+        got = b""
+        while data := connection.recv(65536):
+            got += data
+    assert MAX_PIPELINE <= got.count(b"HTTP/1.1 200 OK") <= 2 * MAX_PIPELINE + 1
+    assert b"HTTP/1.1 400" not in got
 
 
 def test_a_caller_who_hangs_up_while_it_waits_is_not_computed_for(served: Serving) -> None:

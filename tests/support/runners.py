@@ -19,7 +19,7 @@ from outrider.prediction import Prediction
 from outrider_runtimes.deadline import Deadline
 from outrider_runtimes.errors import DeadlineExceeded, QueueFull, RunnerClosed
 from outrider_runtimes.runner import Answer, Served, Timing
-from outrider_runtimes.tensors import Interface, Tensors, TensorSpec, check_inputs
+from outrider_runtimes.tensors import Array, Interface, Tensors, TensorSpec, check_inputs
 
 CLASSES = 4
 
@@ -85,7 +85,7 @@ class NumpyRunner:
         if deadline.passed:
             raise DeadlineExceeded("expired before it was run")
         self.ran_here += 1
-        return Answer({"logits": inputs["x"] * self.gain}, Timing(), self.served)
+        return Answer({"logits": self._scaled(inputs)}, Timing(), self.served)
 
     def estimate_ms(self) -> float | None:
         return self.expected_ms
@@ -103,6 +103,10 @@ class NumpyRunner:
             self._finish(inputs, deadline, future)
             self.finished += 1
 
+    def _scaled(self, inputs: Tensors) -> Array:
+        with np.errstate(over="ignore"):
+            return inputs["x"] * self.gain
+
     def _finish(self, inputs: Tensors, deadline: Deadline, future: Future[Answer]) -> None:
         begun = time.perf_counter_ns()
         # A caller that went away has cancelled the future; nobody is left to be told.
@@ -112,7 +116,7 @@ class NumpyRunner:
             elif deadline.passed:
                 future.set_exception(DeadlineExceeded("expired in the queue"))
             else:
-                logits = inputs["x"] * self.gain
+                logits = self._scaled(inputs)
                 ran_ms = (time.perf_counter_ns() - begun) / 1e6
                 timing = Timing(infer=ran_ms, total=ran_ms)
                 future.set_result(Answer(outputs={"logits": logits}, timing_ms=timing, served=self.served))

@@ -43,8 +43,10 @@ def described(models: Models, served: Served) -> dict[str, Any]:
 
 def check_wanted(served: Served, asked: oip.Request) -> None:
     """Refuse an output that is not there before anything is run. Raises InputError."""
+    if asked.outputs is None:
+        return
     names = [spec.name for spec in served.interface.outputs]
-    for name in asked.outputs or ():
+    for name in asked.outputs:
         if name not in names:
             raise InputError(f"there is no output {name!r}", tensor=name, hint=f"the outputs are {names}")
 

@@ -274,7 +274,7 @@ class _Service:
         seen.served = (served.name, str(served.version))
         with self._intake.visit(served.name, estimate_ms=served.runner.estimate_ms) as visit:
             with self._decoding:
-                call = oip_grpc.decode_request(data, limits=self._limits, files=oip.files_in(served.interface))
+                call = oip_grpc.decode_request(data, limits=self._limits, files=served.files)
             held.become(max(len(data), call.request.size_bytes))
             del data
             if (call.model, call.version) != (model, version):

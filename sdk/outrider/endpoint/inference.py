@@ -66,7 +66,7 @@ class Exchange:
         ``refusal`` knows.
         """
         call, served = self.call, self._served
-        asked = oip.decode_request(body, self._json_bytes, limits=limits, files=oip.files_in(served.interface))
+        asked = oip.decode_request(body, self._json_bytes, limits=limits, files=served.files)
         if (more := asked.size_bytes - len(body)) > 0:
             self.visit.hold(more)
         check_wanted(served, asked)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from outrider_runtimes.deadline import Deadline
 from outrider_runtimes.errors import ConfigError, UnknownModel
+from outrider_runtimes.oip import files_in
 from outrider_runtimes.runner import Answer, Runner
 from outrider_runtimes.tensors import Interface, Tensors
 
@@ -89,19 +91,26 @@ class Served:
         """The answer, where to wait for it costs less than to do something else meanwhile; else None."""
         return self.runner.run_here(inputs, deadline) if self._is_quick(inputs) else None
 
+    @cached_property
+    def files(self) -> dict[str, int | None]:
+        """The inputs that are files; see ``oip.files_in``. The interface stays as it is."""
+        return files_in(self.runner.interface)
+
+    @cached_property
+    def _batched(self) -> list[str] | None:
+        """The inputs with rows; None where other sizes are free."""
+        inputs = self.runner.interface.inputs
+        if any(None in spec.shape[1 if spec.batched else 0 :] for spec in inputs):
+            return None
+        return [spec.name for spec in inputs if spec.batched]
+
     def _is_quick(self, inputs: Tensors) -> bool:
-        """By what a call of one row took at install; where sizes are free, that says nothing of this call."""
+        """By what a call of one row took at install; where other sizes are free, that says nothing of this call."""
         expected_ms = self.runner.expected_ms
-        if expected_ms is None or expected_ms > QUICK_MS:
+        if expected_ms is None or expected_ms > QUICK_MS or self._batched is None:
             return False
-        rows = 1
-        for spec in self.runner.interface.inputs:
-            array = inputs.get(spec.name)
-            if array is None or None in spec.shape[1 if spec.batched else 0 :]:
-                return False
-            if spec.batched and array.ndim:
-                rows = max(rows, array.shape[0])
-        return rows * expected_ms <= QUICK_MS
+        arrays = [inputs[name] for name in self._batched if name in inputs]
+        return all(array.ndim == 0 or array.shape[0] * expected_ms <= QUICK_MS for array in arrays)
 
     @property
     def ready(self) -> bool:
