@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from outrider_exporters.convert.onnx_graphs import graphs_of
+
+_log = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
 Count = Callable[[Any, Sequence[Shape], Shape], int]
@@ -36,6 +39,7 @@ def onnx_macs(path: Path) -> int | None:
     try:
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
     except Exception:
+        _log.debug("%s: its sizes cannot be inferred", path, exc_info=True)
         return None
     return _graph_macs(model.graph)
 

@@ -170,6 +170,10 @@ class Endpoint:
         exchange = self.inference.here
         return None if exchange is None else exchange.call
 
+    def guard(self) -> None:
+        """As ``guard.Guarded`` says, with what follows."""
+        self.inference.guarded = True
+
     def give_up(self) -> None:
         """Its loop is stuck: count what is inside as not answered, and take it for gone. In any thread."""
         for call in self.inference.leave_all():

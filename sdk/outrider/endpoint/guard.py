@@ -45,6 +45,10 @@ class Guarded(Protocol):
         """What the loop runs itself at this moment."""
         ...
 
+    def guard(self) -> None:
+        """From now on the loop may run what could be stuck."""
+        ...
+
     def give_up(self) -> None:
         """The loop is stuck: what is inside is not answered."""
         ...
@@ -58,6 +62,7 @@ def run_guarded(make: Callable[[], Loop], sock: socket.socket, endpoint: Guarded
         sock: where they listen.
         endpoint: what they run in their loops.
     """
+    endpoint.guard()
     while True:
         server, own = make(), sock.dup()
         thread = _Thread(server, own)

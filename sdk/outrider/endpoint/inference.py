@@ -59,6 +59,7 @@ class Exchange:
         self._json_bytes = json_bytes
         self._place: Place | None = None
         self._answer: Answer | None = None
+        self.ran_here = False
         visit.__enter__()
 
     def read(self, body: bytes | bytearray, limits: oip.Limits) -> None:
@@ -79,11 +80,15 @@ class Exchange:
         call.check()
         self._asked, self._deadline = asked, deadline
 
-    def ask(self) -> None:
-        """Have it answered here, or submit it. Raises what the runner does."""
+    def ask(self, *, here: bool) -> None:
+        """Submit it; or have it answered in this thread, where ``here`` allows it and it is quick. Raises what the
+        runner does.
+        """
         inputs, served = self._asked.inputs, self._served
-        self._answer = served.run_here(inputs, self._deadline)
-        if self._answer is None:
+        if here:
+            self._answer = served.run_here(inputs, self._deadline)
+        self.ran_here = self._answer is not None
+        if not self.ran_here:
             self._future = served.runner.submit(inputs, self._deadline)
 
     async def wait(self, here: Ended) -> Reply:
@@ -112,17 +117,19 @@ class Exchange:
             raise not_finite(error) from None
         return whole(200, message.fields, message.body)
 
-    def close(self) -> None:
-        """It is not inside any more. Again is harmless."""
-        if self._place is not None:
-            self._place.leave()
+    def close(self) -> Place | None:
+        """It is not inside any more. Again is harmless. Returns its place in the queue, still to be left."""
         self.visit.leave()
+        return self._place
 
 
 class Inference:
     """The handler over the models, and the requests that are inside.
 
-    ``here``: the one that the loop submits, or runs itself, at this moment; for other threads to see.
+    Attributes:
+        guarded: whether somebody sees to it that the loop is replaced where a call is stuck in it; only then are quick
+            models run in it.
+        here: the one that the loop submits, or runs itself, at this moment; for other threads to see.
     """
 
     def __init__(self, models: Models, limits: oip.Limits, intake: Intake, token: str | None) -> None:
@@ -131,6 +138,8 @@ class Inference:
         self._intake = intake
         self._token = token
         self._inside: set[Exchange] = set()
+        self._leaving: list[Place] = []
+        self.guarded = False
         self.here: Exchange | None = None
         self._ended: Ended | None = None
 
@@ -143,7 +152,8 @@ class Inference:
         """Take what is inside for gone: the loop that it belongs to is stuck. In any thread."""
         inside, self._inside, self.here = self._inside, set(), None
         for exchange in tuple(inside):
-            exchange.close()
+            self._close(exchange)
+        self._leave()
         return [exchange.call for exchange in inside]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -217,13 +227,27 @@ class Inference:
         exchange.read(body, self._limits)
         self.here = exchange
         try:
-            exchange.ask()
+            exchange.ask(here=self.guarded)
         finally:
             self.here = None
 
     def _close(self, exchange: Exchange) -> None:
+        """What is answered in the turn in which it was read keeps its place until that ends: what else was read then
+        has waited beside it, and as many as may wait are answered in one turn.
+        """
         self._inside.discard(exchange)
-        exchange.close()
+        if (place := exchange.close()) is None:
+            return
+        if not exchange.ran_here:
+            place.leave()
+            return
+        if not self._leaving:
+            asyncio.get_running_loop().call_soon(self._leave)
+        self._leaving.append(place)
+
+    def _leave(self) -> None:
+        while self._leaving:
+            self._leaving.pop().leave()
 
     def _announced(self, scope: Scope) -> int | None:
         """The length of the body's JSON, as its head says it. Raises Refused for what the head alone rules out."""

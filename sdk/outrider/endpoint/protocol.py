@@ -78,7 +78,6 @@ class BoundedProtocol(HttpToolsProtocol):
         self._turned_away = turned_away
         self._direct = direct
         self._parts: list[bytes] | None = None  # of a body that may be whole when this read ends
-        self._taken = 0
         self._refusal: tuple[int, str] | None = None
         self._lingering = False
         self._in_head = False
@@ -114,7 +113,6 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._lingering or self.transport.is_closing():
             return
         events = self._events
-        self._taken = 0
         super().data_received(data)
         if self._parts is not None:
             self._go_on()
@@ -269,7 +267,7 @@ class BoundedProtocol(HttpToolsProtocol):
         idle = (self.cycle is None or self.cycle.response_complete) and not self.flow.write_paused
         plain = parser.should_keep_alive() and not parser.should_upgrade() and not self.expect_100_continue
         ours = idle and plain and parser.get_method() == b"POST" and parser.get_http_version() == "1.1"
-        return ours and self._taken < MAX_PIPELINE and direct.knows(self.url)
+        return ours and direct.knows(self.url)
 
     def _go_on(self) -> None:
         """The rest of its body is still to come: what is here of it goes the application's way."""
@@ -281,8 +279,7 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_body(part)
 
     def _take(self, direct: Direct, body: bytes) -> None:
-        """A request is here whole. Of those that came in one read only so many go this way: others wait, too."""
-        self._taken += 1
+        """A request is here whole."""
         scope = cast("dict[str, Any]", self.scope)
         waiting = _Waiting(scope)
         self.cycle = cast("Any", waiting)

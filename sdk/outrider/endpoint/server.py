@@ -40,7 +40,7 @@ def serve_app(app: Starlette, listening: Listening, *, secured: bool, ready: Rea
 
     From the signal on ``/v2/health/ready`` says no, new requests get 503 and ``Connection: close``, and those that are
     inside are finished and read. It ends with the last of them, or after ``drain_s``, when those that are left get 503
-    too. A second SIGINT ends it at once.
+    too. A second SIGINT ends it at once. The loop has a thread of its own; see ``guard``.
 
     Args:
         secured: whether the application asks for a token.

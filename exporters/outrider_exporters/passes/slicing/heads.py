@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ from outrider_exporters.passes.slicing.trace import Tensors, Wiring, alike, kept
 
 if TYPE_CHECKING:
     from outrider_exporters.sources.module import PositionalModule
+
+_log = logging.getLogger(__name__)
 
 HEAD_COUNTS = ("heads", "num_heads", "n_heads", "nheads", "nhead", "n_head", "num_attention_heads")
 HEADS_HINT = (
@@ -188,6 +191,7 @@ def _holds_heads(network: PositionalModule, found: _Attention, count: str, examp
         with torch.no_grad():
             wanted, got = silenced.eval()(*probes), cut.eval()(*probes)
     except Exception:
+        _log.debug("no head goes by %s", count, exc_info=True)
         return False
     seen = any(tensor.is_floating_point() for tensor in wanted)
     return seen and all(a.shape == b.shape and alike(a, b) for a, b in zip(wanted, got, strict=True))
