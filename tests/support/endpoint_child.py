@@ -162,7 +162,7 @@ def named(folder: Path, name: str, *, quick: bool = True, **options: int) -> Nam
 
 
 def main(folder: str, settings: str) -> None:
-    from outrider.endpoint import guard, inference
+    from outrider.endpoint import exchange, guard
     from outrider.endpoint.app import build_app
     from outrider.endpoint.intake import Intake
     from outrider.endpoint.models import Models, Served
@@ -171,7 +171,7 @@ def main(folder: str, settings: str) -> None:
     from outrider.endpoint.server import serve_app
     from outrider_runtimes.oip import DEFAULT_LIMITS
 
-    inference.MAX_TIME_S = 3600.0  # on a busy machine `slow` may count for longer than a minute
+    exchange.MAX_TIME_S = 3600.0  # on a busy machine `slow` may count for longer than a minute
     told = json.loads(settings)
     token, queue, also_grpc = told.pop("token", None), told.pop("queue", QUEUE), told.pop("grpc", False)
     BoundedProtocol.head_timeout_s = told.pop("head_timeout_s", BoundedProtocol.head_timeout_s)

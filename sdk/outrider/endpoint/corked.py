@@ -1,4 +1,8 @@
-"""A transport that sends all that is written within one turn of the loop in one system call."""
+"""A transport that sends all that is written within one turn of the loop in one system call, when the turn ends.
+
+Sent at once, each reply would wake a caller on another core, which costs more than to send it; what a turn has for many
+callers goes out together, and their next requests come together.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +26,12 @@ class Corked:
         return getattr(self._transport, name)
 
     def write(self, data: bytes) -> None:
-        """Send it before the loop's next turn ends."""
+        """Send it when this turn of the loop ends."""
         if not self._held:
             self._loop.call_soon(self.flush)
         self._held.append(data)
         if len(data) > MAX_HELD_BYTES:
             self.flush()
-
-    def write_at_once(self, data: bytes) -> None:
-        """Send it now, after what is held: nothing follows in this turn."""
-        self.flush()
-        self._transport.write(data)
 
     def flush(self) -> None:
         """Send what is held."""

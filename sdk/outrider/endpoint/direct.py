@@ -13,7 +13,8 @@ from collections.abc import Coroutine, Iterable
 from starlette.types import Scope
 
 from outrider.endpoint.calls import Call, Calls
-from outrider.endpoint.inference import Inference, Reply
+from outrider.endpoint.exchange import Reply
+from outrider.endpoint.inference import Inference
 from outrider.endpoint.intake import Intake
 from outrider.endpoint.models import Served
 

@@ -173,12 +173,16 @@ class Visit:
         self.held_bytes = 0
 
     def __enter__(self) -> Visit:
-        self._intake._enter(self._model)
-        self._inside = True
+        self.enter()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.leave()
+
+    def enter(self) -> None:
+        """What the beginning of the ``with`` does."""
+        self._intake._enter(self._model)
+        self._inside = True
 
     def leave(self) -> None:
         """What the end of the ``with`` does. Again is harmless; in any thread."""
@@ -234,6 +238,13 @@ class Place:
         self._taken = False
 
     def __enter__(self) -> None:
+        self.enter()
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def enter(self) -> None:
+        """What the beginning of the ``with`` does. Raises Refused."""
         intake, model = self._intake, self._model
         with intake._lock:
             queued = intake._queued.get(model, 0)
@@ -243,9 +254,6 @@ class Place:
                 self._taken = True
         if full:
             raise intake._full(self._estimate_ms)
-
-    def __exit__(self, *_: object) -> None:
-        self.leave()
 
     def leave(self) -> None:
         """What the end of the ``with`` does. Again is harmless; in any thread."""

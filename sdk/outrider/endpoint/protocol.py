@@ -18,7 +18,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from outrider.endpoint.calls import KEY, Call
 from outrider.endpoint.corked import Corked
 from outrider.endpoint.direct import Direct
-from outrider.endpoint.inference import SOON_SENT_BYTES, Reply
+from outrider.endpoint.exchange import Reply
+from outrider.endpoint.inference import SOON_SENT_BYTES
 
 MAX_HEAD_BYTES = 32 << 10
 MAX_HEADERS = 100
@@ -316,7 +317,7 @@ class BoundedProtocol(HttpToolsProtocol):
         parts = [STATUS_LINE[reply.status]]
         for name, value in (*self.server_state.default_headers, *reply.headers):
             parts += (name, b": ", value, b"\r\n")
-        cast("Any", self.transport).write_at_once(b"".join([*parts, b"\r\n", reply.body]))
+        self.transport.write(b"".join([*parts, b"\r\n", reply.body]))
 
     def _made_room(self) -> bool:
         """Close a connection that waits for its caller's next request; false where none does."""
