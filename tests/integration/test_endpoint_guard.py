@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,22 @@ def test_another_loop_takes_over_and_what_was_inside_is_counted(models: Path) ->
     assert "slow is stuck in the endpoint's loop" in said and "Traceback" not in said
     reasons = {(m["model"], r["reason"]): r["requests"] for m in child.quality["models"] for r in m["reasons"]}
     assert reasons["slow", "stuck"] >= 1 and reasons["linear", "ok"] == 3 and reasons["slow", "ok"] == 1
+
+
+def processor_s(child: Child) -> float:
+    """What it has used of it."""
+    ticks = Path(f"/proc/{child.process.pid}/stat").read_text().rpartition(")")[2].split()[11]
+    return int(ticks) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_signal_that_came_while_the_loop_was_stuck_ends_the_endpoint(models: Path) -> None:
+    child = Child(models, slow_in_loop=True, stuck_looks=STUCK_LOOKS, drain_s=1.0)
+    stuck = Connection(child)
+    assert stuck.ask("slow", trips(5)) == 200
+    before_s = processor_s(child)
+    stuck.send("slow", trips(FOR_EVER))
+    wait_until(lambda: processor_s(child) > before_s + 0.3)  # it counts
+    assert "slow is stuck in the endpoint's loop" in child.stop()
 
 
 def test_a_call_that_comes_back_ends_the_old_loop_and_its_model_answers_again(models: Path) -> None:

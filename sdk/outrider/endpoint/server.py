@@ -75,8 +75,9 @@ def serve_app(app: Starlette, listening: Listening, *, secured: bool, ready: Rea
 
         def server() -> _Server:
             """The first one says that it is ready."""
-            stops.server = _Server(config, endpoint, context, drain_s=listening.drain_s, ready=told)
-            return stops.server
+            made = _Server(config, endpoint, context, drain_s=listening.drain_s, ready=told)
+            stops.now_stop(made)
+            return made
 
         with stops:
             run_guarded(server, sock, endpoint)
@@ -144,7 +145,8 @@ class _Server(uvicorn.Server):
     def abandon(self) -> list[socket.socket]:
         """As ``guard.Loop`` says."""
         self._abandoned = self.should_exit = self.force_exit = True
-        return [each.transport.get_extra_info("socket") for each in self._connections()]
+        sockets = [each.transport.get_extra_info("socket") for each in self._connections()]
+        return [each for each in sockets if each is not None]
 
     def _unfinished(self) -> bool:
         """Whether a request is inside, or a reply is still being read."""
@@ -160,10 +162,11 @@ class _Server(uvicorn.Server):
 
 
 class _Stops:
-    """While a ``with`` of it runs, ``stop_signals`` stop ``server``; only the main thread can be asked to."""
+    """While a ``with`` of it runs, ``stop_signals`` stop the server; only the main thread can be asked to."""
 
     def __init__(self) -> None:
-        self.server: _Server | None = None
+        self._server: _Server | None = None
+        self._came: list[int] = []
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> None:
@@ -174,9 +177,16 @@ class _Stops:
         for number, earlier in self._before.items():
             signal.signal(number, earlier)
 
+    def now_stop(self, server: _Server) -> None:
+        """This one from now on, also for what came before: a loop that was stuck has not heard of it."""
+        self._server = server
+        for number in tuple(self._came):
+            server.handle_exit(number, None)
+
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.server is not None:
-            self.server.handle_exit(number, frame)
+        self._came.append(number)
+        if self._server is not None:
+            self._server.handle_exit(number, frame)
 
 
 def _loop() -> Literal["uvloop", "asyncio"]:
